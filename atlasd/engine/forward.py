@@ -1,0 +1,69 @@
+"""One forward pass over a batch of sessions: from token ids and block tables to the sampled rows' logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from atlas_tiers.base import KVStore
+
+from .attention import Span, Step, paged_cache
+from .model import LoadedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens of one session to compute: positions [first, first + len(tokens)); `sample`: its last row's logits are wanted."""
+
+    tokens: Sequence[int]
+    first: int
+    block_table: Sequence[int]
+    sample: bool
+
+
+class Forward:
+    """Runs the model on pieces. Blocks for all tokens must have been reserved."""
+
+    def __init__(self, loaded: LoadedModel, store: KVStore) -> None:
+        self._loaded = loaded
+        self._store = store
+
+    @torch.inference_mode()
+    def __call__(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Logits [number of pieces with `sample`, vocabulary] in float32, in the pieces' order."""
+        if self._loaded.attention == "interface":
+            return self._run(pieces)
+        return torch.cat([self._run([piece]) for piece in pieces])
+
+    def _run(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        device = self._loaded.device
+        spans, rows, start = [], [], 0
+        for piece in pieces:
+            stop = start + len(piece.tokens)
+            blocks = torch.tensor(piece.block_table, dtype=torch.int64, device=device)
+            spans.append(Span(start, stop, piece.first, blocks))
+            if piece.sample:
+                rows.append(stop - 1)
+            start = stop
+        ids = torch.tensor([[t for piece in pieces for t in piece.tokens]], dtype=torch.int64, device=device)
+        positions = torch.cat([torch.arange(s.first, s.length, device=device) for s in spans])[None]
+        step = Step(self._store.slabs, self._store.layout.groups, spans)
+        # One row at least: some heads reject an empty selection. The surplus is cut off below.
+        keep = torch.tensor(rows or [start - 1], dtype=torch.int64, device=device)
+        logits = self._model(ids, positions, step, keep)
+        return logits[0, : len(rows)].float()
+
+    def _model(self, ids: torch.Tensor, positions: torch.Tensor, step: Step, keep: torch.Tensor) -> torch.Tensor:
+        model = self._loaded.model
+        if self._loaded.attention == "interface":
+            out = model(input_ids=ids, position_ids=positions, use_cache=False, step=step, logits_to_keep=keep)
+            return out.logits  # type: ignore[no-any-return]
+        span = step.spans[0]
+        cache = paged_cache(self._loaded.layers, step, span.first)
+        mask = torch.ones(1, span.length, dtype=torch.int64, device=ids.device)
+        extra = {"position_ids": positions} if self._loaded.takes_positions else {}
+        out = model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep, **extra
+        )
+        return out.logits  # type: ignore[no-any-return]
