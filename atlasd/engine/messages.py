@@ -38,6 +38,7 @@ class Submit(msgspec.Struct, tag="submit"):
     append_only: bool = False  # SESSION.APPEND: no token is generated
     kv_identity: str = ""  # identity the session's last turn was computed under, to say why reuse stopped
     last_finish: str = ""  # finish_reason of the session's last turn
+    arrived: float = 0.0  # CLOCK_MONOTONIC seconds at the broker; time to first token counts from here
 
 
 class Persist(msgspec.Struct, tag="persist"):

@@ -1,0 +1,117 @@
+"""The engine process: `python -m atlasd.engine`, started by the broker with an EngineSpec on standard input."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+from atlas_client.errors import ErrorCode, ErrorReply
+from atlas_client.protocol import Error
+
+from atlasd.config import Config
+
+from .link import Link, rss_bytes
+from .messages import Beat, EngineSpec, State
+
+if TYPE_CHECKING:
+    from .worker import Worker
+
+log = logging.getLogger("atlasd.engine")
+
+PR_SET_PDEATHSIG = 1
+REPORT_EVERY_S = 0.1
+
+
+class Pulse:
+    """What the control thread says once a second; the main thread refreshes the parts it owns."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+
+    def __call__(self) -> Beat:
+        worker = self.worker
+        if worker is None:
+            return Beat(steps=0, running=0, waiting=0, rss_bytes=rss_bytes())
+        return Beat(
+            steps=worker.steps,
+            running=len(worker.scheduler.running),
+            waiting=len(worker.scheduler.waiting),
+            rss_bytes=rss_bytes(),
+            tiers=worker.tiers(),
+            counters=worker.store.counters(),
+        )
+
+
+class Reporter:
+    """Sends the load's progress, ten times a second at most. Called from loader threads."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._due = 0.0
+        self._lock = threading.Lock()
+
+    def __call__(self, phase: str, done: int, total: int, unit: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if now < self._due and done < total:
+                return
+            self._due = now + REPORT_EVERY_S
+        self._link.send(State(phase, done, total, unit))
+
+
+def main() -> int:
+    """Reads the spec, loads the model, serves. Exit status 0 after SHUTDOWN, 3 when the model can't be served."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the broker, which shuts this down in order
+    sys.setswitchinterval(0.0005)
+    spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineSpec)
+    config = msgspec.convert(spec.config, Config)
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s engine: %(message)s", stream=sys.stderr)
+    pulse = Pulse()
+    link = Link(spec, pulse)
+    link.send(State("starting"))
+    try:
+        worker = build(spec, config, link)
+    except ErrorReply as error:
+        log.error("%s (%s)", error, error.next_step)
+        link.send(State("failed", error=Error.of(error)))
+        link.close()
+        return 3
+    pulse.worker = worker
+    info = worker.loaded
+    link.send(State("ready", model=info.info, tokenizer=info.tokenizer_id, kv_identity=info.identity))
+    worker.run()
+    link.close()
+    return 0
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when the broker dies: two engines must never share a state directory."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        sys.exit(1)
+
+
+def build(spec: EngineSpec, config: Config, link: Link) -> Worker:
+    """Imports torch, loads the model, opens the tiers. Raises ErrorReply, whatever went wrong."""
+    try:
+        from .build import build_worker
+
+        return build_worker(spec, config, link, Reporter(link))
+    except ErrorReply:
+        raise
+    except Exception as error:
+        log.exception("the engine can't start")
+        raise ErrorReply(ErrorCode.INTERNAL, f"the engine can't start: {type(error).__name__}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Puts an engine together: threads, model, tiers, worker. Memory limits are checked before anything is allocated."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import psutil
+import torch
+import transformers
+from atlas_client.errors import ErrorCode, ErrorReply
+from atlas_tiers.base import BLOCK_TOKENS
+from atlas_tiers.disk import DiskConfig
+from atlas_tiers.store import TieredStore
+
+from atlasd.config import Config
+
+from .link import Link
+from .messages import EngineSpec
+from .model import LoadedModel, Report, load
+from .worker import Worker
+
+log = logging.getLogger(__name__)
+
+GIB = 1024**3
+RAM_SHARE = 0.8  # of the available RAM that page pools may take
+VRAM_SHARE = 0.85  # of the VRAM left after the weights, when --kv-vram-gb gives no figure
+
+
+def build_worker(spec: EngineSpec, config: Config, link: Link, report: Report) -> Worker:
+    """Loads the model and opens the tiers. Raises ErrorReply."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    torch.set_grad_enabled(False)
+    loaded = load(spec.model, spec.revision, config, report)
+    info = loaded.info
+    log.info("%s on %s (%s), %d layers quantized", info.architecture, info.device, info.dtype, info.layers_quantized)
+    return Worker(loaded, open_store(loaded, config), link, config)
+
+
+def open_store(loaded: LoadedModel, config: Config) -> TieredStore:
+    """The tiers as configured. On a CPU without --kv-vram-gb the device pool takes the RAM budget and there is no RAM tier."""
+    on_cpu = loaded.device.type == "cpu"
+    one_pool = on_cpu and not config.kv_vram_gb
+    device_bytes = int(GIB * (config.kv_ram_gb if one_pool else config.kv_vram_gb)) or _free_vram(loaded)
+    host_bytes = 0 if one_pool or config.kv_vram_only else int(GIB * config.kv_ram_gb)
+    if one_pool:
+        device_bytes = min(device_bytes, int(RAM_SHARE * psutil.virtual_memory().available))
+    _check_ram(host_bytes + (device_bytes if on_cpu else 0))
+    blocks = device_bytes // loaded.layout.page_bytes
+    if blocks < 2:
+        code = ErrorCode.OUT_OF_RAM if on_cpu else ErrorCode.OUT_OF_VRAM
+        least = 2 * loaded.layout.page_bytes / GIB
+        raise ErrorReply(code, f"the KV pool holds {blocks} pages of {BLOCK_TOKENS} tokens; at least {least:.3f} GiB are needed")
+    directory = config.disk_dir
+    disk = DiskConfig(path=directory, cap_bytes=int(GIB * config.kv_disk_gb)) if directory else None
+    return TieredStore(
+        loaded.layout,
+        bytes.fromhex(loaded.identity),
+        device_blocks=blocks,
+        host_bytes=host_bytes,
+        disk=disk,
+        device=str(loaded.device),
+    )
+
+
+def _free_vram(loaded: LoadedModel) -> int:
+    return int(VRAM_SHARE * torch.cuda.mem_get_info(loaded.device)[0])
+
+
+def _check_ram(wanted: int) -> None:
+    available = psutil.virtual_memory().available
+    if wanted > available:
+        raise ErrorReply(
+            ErrorCode.OUT_OF_RAM, f"KV pools of {wanted / GIB:.1f} GiB were asked for, {available / GIB:.1f} GiB are available"
+        )
