@@ -1,0 +1,45 @@
+"""Which implementation computes what. Callers use these functions and no implementation directly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atlas_kernels import linear_torch
+from atlas_kernels.reference import PackedWeight
+
+
+class KernelInputError(ValueError):
+    """Tensors that do not fit together. The message says which."""
+
+
+def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x [..., K] times the quantized [N, K] matrix transposed, plus bias [N]: [..., N] in x's dtype; see reference.
+
+    Raises KernelInputError for a wrong shape, dtype or device.
+    """
+    if x.shape[-1] != weight.codes.shape[1] or not x.is_floating_point():
+        raise KernelInputError(
+            f"activations {x.dtype} {tuple(x.shape)} do not fit a weight of {tuple(weight.codes.shape)}"
+        )
+    if x.device != weight.codes.device:
+        raise KernelInputError(f"activations are on {x.device}, the weight is on {weight.codes.device}")
+    return linear_torch.linear(x, weight, bias)
+
+
+def check(weight: PackedWeight) -> None:
+    """Raises KernelInputError unless the parts of `weight` have the dtypes and shapes of the format."""
+    rows, columns = weight.codes.shape
+    groups = -(-columns // weight.block_size)
+    slots = weight.outlier_index.shape[-1]
+    expected = {
+        "codes": (weight.codes, (rows, columns), (torch.uint8,)),
+        "scales": (weight.scales, (rows, groups), (torch.bfloat16,)),
+        "outlier_index": (weight.outlier_index, (rows, slots), (torch.int16, torch.int32)),
+        "outlier_value": (weight.outlier_value, (rows, slots), (torch.float16,)),
+    }
+    for name, (tensor, shape, dtypes) in expected.items():
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            raise KernelInputError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtypes[0]} {shape}")
+    if weight.mantissa_bits not in (3, 4, 5):
+        raise KernelInputError(f"mantissa_bits is {weight.mantissa_bits}; expected 3, 4 or 5")
