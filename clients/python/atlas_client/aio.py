@@ -45,6 +45,7 @@ from .protocol import (
     SessionTruncate,
     Status,
     StatusReply,
+    TokenLogprob,
     Tokens,
     Welcome,
 )
@@ -63,7 +64,8 @@ class AsyncGeneration(AsyncIterator[Event]):
         self._connection = connection
         self._stream = stream
         self._text: list[str] = []
-        self.tokens: list[int] = []  # ids received so far
+        self.tokens: list[int] = []  # ids of the events read so far
+        self.logprobs: list[TokenLogprob] = []
 
     @property
     def request_id(self) -> str:
@@ -124,6 +126,7 @@ class AsyncGeneration(AsyncIterator[Event]):
         if isinstance(event, Tokens):
             self._text.append(event.text)
             self.tokens += event.ids
+            self.logprobs += event.logprobs
         return event
 
     async def __aenter__(self) -> Self:

@@ -49,6 +49,7 @@ from .protocol import (
     SessionTruncate,
     Status,
     StatusReply,
+    TokenLogprob,
     Tokens,
     Welcome,
 )
@@ -70,7 +71,8 @@ class Generation(Iterator[Event]):
         self._connection = connection
         self._stream = stream
         self._text: list[str] = []
-        self.tokens: list[int] = []  # ids received so far
+        self.tokens: list[int] = []  # ids of the events read so far
+        self.logprobs: list[TokenLogprob] = []
 
     @property
     def request_id(self) -> str:
@@ -132,6 +134,7 @@ class Generation(Iterator[Event]):
         if isinstance(event, Tokens):
             self._text.append(event.text)
             self.tokens += event.ids
+            self.logprobs += event.logprobs
         return event
 
     def __iter__(self) -> Self:

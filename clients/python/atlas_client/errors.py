@@ -1,8 +1,8 @@
 """The error tree. One closed list of codes, each with `retryable` and a next step.
 
-    AtlasError
-    ├── DaemonUnavailable        no daemon answers on the socket, or it went away for good
-    └── ErrorReply               the daemon's typed answer, `.code` from ErrorCode
+AtlasError
+├── DaemonUnavailable        no daemon answers on the socket, or it went away for good
+└── ErrorReply               the daemon's typed answer, `.code` from ErrorCode
 """
 
 from __future__ import annotations

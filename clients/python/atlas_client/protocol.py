@@ -433,9 +433,7 @@ _reply = msgspec.msgpack.Decoder(Reply)
 class BadFrame(ValueError):
     """A message that does not follow the protocol. `rid` is set when its header could be read."""
 
-    def __init__(
-        self, message: str, rid: str | None = None, *, version: bool = False, parameter: bool = False
-    ) -> None:
+    def __init__(self, message: str, rid: str | None = None, *, version: bool = False, parameter: bool = False) -> None:
         super().__init__(message)
         self.rid = rid
         self.parameter = parameter  # well-formed and known, but a field's value is not allowed

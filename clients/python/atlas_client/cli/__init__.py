@@ -1,0 +1,1 @@
+"""The command `atlasctl`: one file per command group; `main` lists them and turns errors into exit codes."""
