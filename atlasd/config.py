@@ -36,28 +36,48 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     offline: Annotated[bool, _key("never contact the hub")] = False
     device: Annotated[str, _key("where the model runs", choices=("auto", "cuda", "cpu"))] = "auto"
     dtype: Annotated[
-        str, _key("compute and KV type; auto: float32 on a CPU, the model's own on a GPU", choices=("auto", "float32", "bfloat16", "float16"))
+        str,
+        _key(
+            "compute and KV type; auto: float32 on a CPU, the model's own on a GPU",
+            choices=("auto", "float32", "bfloat16", "float16"),
+        ),
     ] = "auto"
     threads: Annotated[int, _key("CPU threads of the engine; 0: one per core", ge=0)] = 0
     quant: Annotated[
-        str, _key("weights on load; auto: the 8-bit float with the least error per tensor", choices=("auto", "e4m3", "e3m4", "e2m5", "none"))
+        str,
+        _key(
+            "weights on load; auto: the 8-bit float with the least error per tensor",
+            choices=("auto", "e4m3", "e3m4", "e2m5", "none"),
+        ),
     ] = "auto"
     quant_block_size: Annotated[int, _key("weights that share a scale", ge=16, le=4096)] = 128
-    quant_z_threshold: Annotated[float, _key("weights further than this many standard deviations stay FP16; 0: none", ge=0)] = 3.0
+    quant_z_threshold: Annotated[
+        float, _key("weights further than this many standard deviations stay FP16; 0: none", ge=0)
+    ] = 3.0
     max_context: Annotated[int, _key("longest context in tokens; 0: the model's own", ge=0)] = 0
     max_batch: Annotated[int, _key("requests computed together", ge=1, le=1024)] = 16
     prefill_chunk: Annotated[int, _key("prompt tokens per forward pass; a cancel waits for one at most", ge=16)] = 512
     max_queue: Annotated[int, _key("requests waiting before QUEUE_FULL", ge=1)] = 256
     kv_vram_gb: Annotated[float, _key("KV pages in device memory, GiB; 0: a share of what is free", ge=0)] = 0.0
-    kv_ram_gb: Annotated[float, _key("KV pages in the RAM tier, GiB; on a CPU the device tier is RAM already", ge=0)] = 4.0
-    kv_disk_path: Annotated[str | None, _key("directory of KV pages; 'none': keep none on disk; default: in the state directory")] = None
+    kv_ram_gb: Annotated[
+        float, _key("KV pages in the RAM tier, GiB; on a CPU the device tier is RAM already", ge=0)
+    ] = 4.0
+    kv_disk_path: Annotated[
+        str | None, _key("directory of KV pages; 'none': keep none on disk; default: in the state directory")
+    ] = None
     kv_disk_gb: Annotated[float, _key("cap on all KV bytes on disk, GiB", gt=0)] = 20.0
     kv_vram_only: Annotated[bool, _key("KV pages in device memory only: no RAM tier, no disk")] = False
-    socket: Annotated[str, _key("path of the public socket")] = msgspec.field(default_factory=lambda: str(default_socket()))
-    state_dir: Annotated[str, _key("directory of sessions and KV pages")] = msgspec.field(default_factory=lambda: str(default_state_dir()))
+    socket: Annotated[str, _key("path of the public socket")] = msgspec.field(
+        default_factory=lambda: str(default_socket())
+    )
+    state_dir: Annotated[str, _key("directory of sessions and KV pages")] = msgspec.field(
+        default_factory=lambda: str(default_state_dir())
+    )
     max_message_mb: Annotated[int, _key("largest message accepted, MiB", ge=1, le=1024)] = 32
     heartbeat_s: Annotated[float, _key("seconds without a sign of life before the engine is restarted", gt=0)] = 30.0
-    log_level: Annotated[str, _key("least severe message logged", choices=("debug", "info", "warning", "error"))] = "info"
+    log_level: Annotated[str, _key("least severe message logged", choices=("debug", "info", "warning", "error"))] = (
+        "info"
+    )
 
     @property
     def disk_dir(self) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ START_LIMIT_S = 90.0
 
 
 class Daemon:
-    """A real `atlasd` with a socket and a state directory of its own; can be killed and started again on the same state."""
+    """A real `atlasd` with a socket and a state directory of its own; can be killed and started again on them."""
 
     def __init__(self, root: Path, *flags: str, model: str = "demo") -> None:
         self.root = root
@@ -93,10 +94,8 @@ def _children(pid: int) -> list[int]:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _gone(pids: list[int], limit: float = 10.0) -> None:

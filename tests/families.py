@@ -21,6 +21,8 @@ _LLAMA_LIKE = {
     "max_position_embeddings": 1024,
 }
 
+_OWN_WIDTHS = {**_BASE, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {**_BASE, "hidden_size": 128, "ffn_dim": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
                           "max_position_embeddings": 1024, "word_embed_proj_dim": 128, "do_layer_norm_before": True}),
@@ -36,13 +38,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", {**_LLAMA_LIKE, "partial_rotary_factor": 0.5}),
     "gpt_neox": ("GPTNeoXConfig", {**_BASE, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
                                    "num_attention_heads": 4, "max_position_embeddings": 1024, "rotary_pct": 0.25}),
-    "falcon": ("FalconConfig", {**_BASE, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-                                "num_kv_heads": 1, "multi_query": True, "new_decoder_architecture": False, "alibi": False,
-                                "max_position_embeddings": 1024}),
-    "falcon_alibi": ("FalconConfig", {**_BASE, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-                                      "num_kv_heads": 4, "multi_query": False, "new_decoder_architecture": False,
-                                      "alibi": True, "bias": True, "max_position_embeddings": 1024}),
-    "mpt": ("MptConfig", {**_BASE, "d_model": 128, "n_heads": 4, "n_layers": 3, "expansion_ratio": 2, "max_seq_len": 1024}),
+    "falcon": ("FalconConfig", {**_OWN_WIDTHS, "num_kv_heads": 1, "multi_query": True, "alibi": False,
+                                "new_decoder_architecture": False, "max_position_embeddings": 1024}),
+    "falcon_alibi": ("FalconConfig", {**_OWN_WIDTHS, "num_kv_heads": 4, "multi_query": False, "alibi": True,
+                                      "bias": True, "new_decoder_architecture": False, "max_position_embeddings": 1024}),
+    "mpt": ("MptConfig", {**_BASE, "d_model": 128, "n_heads": 4, "n_layers": 3, "expansion_ratio": 2,
+                          "max_seq_len": 1024}),
     "bloom": ("BloomConfig", {**_BASE, "hidden_size": 128, "n_layer": 3, "n_head": 4, "seq_length": 1024}),
     "gptj": ("GPTJConfig", {**_BASE, "n_embd": 128, "n_layer": 3, "n_head": 4, "rotary_dim": 16, "n_positions": 1024,
                             "tie_word_embeddings": False}),

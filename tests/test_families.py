@@ -1,7 +1,7 @@
 """Every served family through a real daemon against stock transformers in float32.
 
-Per family: three ragged sessions at once with prompts of several chunks, greedy tokens and all log-probabilities compared;
-then daemon and engine are killed, started again, and the middle session goes on from its pages.
+Per family: three ragged sessions at once with prompts of several chunks, greedy tokens and all log-probabilities
+compared; then daemon and engine are killed, started again, and a session goes on from its pages.
 """
 
 from __future__ import annotations

@@ -36,7 +36,11 @@ def test_every_decoding_request_gets_its_token_and_prefills_share_the_chunk() ->
     _running(scheduler, decoding, long, short)
     assert [(p.request.rid, p.count, p.sample) for p in scheduler.plan()] == [("d", 1, True), ("l", 100, False)]
     long.kv.length = 200
-    assert [(p.request.rid, p.count, p.sample) for p in scheduler.plan()] == [("d", 1, True), ("l", 50, True), ("s", 30, True)]
+    assert [(p.request.rid, p.count, p.sample) for p in scheduler.plan()] == [
+        ("d", 1, True),
+        ("l", 50, True),
+        ("s", 30, True),
+    ]
 
 
 def test_a_one_token_prompt_is_a_prefill_and_still_sampled() -> None:

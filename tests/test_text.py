@@ -15,7 +15,13 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SAMPLES = ["def f(x):\n    return x + 1\n", "héllo ☃ 漢字 🎉 done", "  leading\tand trailing  ", "🎉" * 5, "a\x00b\x1b[0m"]
+SAMPLES = [
+    "def f(x):\n    return x + 1\n",
+    "héllo ☃ 漢字 🎉 done",
+    "  leading\tand trailing  ",
+    "🎉" * 5,
+    "a\x00b\x1b[0m",
+]
 
 
 @pytest.fixture(scope="module")

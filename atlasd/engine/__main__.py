@@ -69,7 +69,9 @@ class Reporter:
 def main() -> int:
     """Reads the spec, loads the model, serves. Exit status 0 after SHUTDOWN, 3 when the model can't be served."""
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the broker, which shuts this down in order
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal's Ctrl-C goes to the broker, which shuts this down in order
     sys.setswitchinterval(0.0005)
     spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineSpec)
     config = msgspec.convert(spec.config, Config)

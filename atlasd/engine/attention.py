@@ -54,7 +54,9 @@ class Step:
 
     def __init__(self, slabs: list[torch.Tensor], groups: tuple[KVGroup, ...], spans: list[Span]) -> None:
         self.spans = spans
-        self._slots = {layer: (slab, i) for slab, g in zip(slabs, groups, strict=True) for i, layer in enumerate(g.layers)}
+        self._slots = {
+            layer: (slab, i) for slab, g in zip(slabs, groups, strict=True) for i, layer in enumerate(g.layers)
+        }
         device = slabs[0].device
         positions = [torch.arange(s.first, s.length, device=device) for s in spans]
         self._block = torch.cat([s.blocks[p // BLOCK_TOKENS] for s, p in zip(spans, positions, strict=True)])
@@ -139,12 +141,12 @@ def register() -> None:
 
 
 class _PagedLayer(CacheLayerMixin):
-    """One layer of a Cache over pages. `get_seq_length` counts the new tokens once they are appended, as DynamicLayer's does."""
+    """One layer of a Cache over pages. As DynamicLayer's, `get_seq_length` counts new tokens once they are appended."""
 
     is_sliding = False
 
     def __init__(self, layer: int, step: Sink, past: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._layer, self._step, self._length = layer, step, past
         self.is_initialized = True
 

@@ -40,7 +40,7 @@ def build_worker(spec: EngineSpec, config: Config, link: Link, report: Report) -
 
 
 def open_store(loaded: LoadedModel, config: Config) -> TieredStore:
-    """The tiers as configured. On a CPU without --kv-vram-gb the device pool takes the RAM budget and there is no RAM tier."""
+    """The tiers as configured. On a CPU without --kv-vram-gb the device pool takes the RAM budget; no RAM tier then."""
     on_cpu = loaded.device.type == "cpu"
     one_pool = on_cpu and not config.kv_vram_gb
     device_bytes = int(GIB * (config.kv_ram_gb if one_pool else config.kv_vram_gb)) or _free_vram(loaded)
@@ -52,7 +52,9 @@ def open_store(loaded: LoadedModel, config: Config) -> TieredStore:
     if blocks < 2:
         code = ErrorCode.OUT_OF_RAM if on_cpu else ErrorCode.OUT_OF_VRAM
         least = 2 * loaded.layout.page_bytes / GIB
-        raise ErrorReply(code, f"the KV pool holds {blocks} pages of {BLOCK_TOKENS} tokens; at least {least:.3f} GiB are needed")
+        raise ErrorReply(
+            code, f"the KV pool holds {blocks} pages of {BLOCK_TOKENS} tokens; at least {least:.3f} GiB are needed"
+        )
     directory = config.disk_dir
     disk = DiskConfig(path=directory, cap_bytes=int(GIB * config.kv_disk_gb)) if directory else None
     return TieredStore(
@@ -73,5 +75,6 @@ def _check_ram(wanted: int) -> None:
     available = psutil.virtual_memory().available
     if wanted > available:
         raise ErrorReply(
-            ErrorCode.OUT_OF_RAM, f"KV pools of {wanted / GIB:.1f} GiB were asked for, {available / GIB:.1f} GiB are available"
+            ErrorCode.OUT_OF_RAM,
+            f"KV pools of {wanted / GIB:.1f} GiB were asked for, {available / GIB:.1f} GiB are available",
         )

@@ -14,7 +14,7 @@ from .model import LoadedModel
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Tokens of one session to compute: positions [first, first + len(tokens)); `sample`: its last row's logits are wanted."""
+    """Tokens of one session at positions [first, first + len(tokens)); `sample`: the last row's logits are wanted."""
 
     tokens: Sequence[int]
     first: int

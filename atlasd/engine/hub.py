@@ -59,7 +59,9 @@ def _fetch(repo: str, revision: str | None, token: str | None, offline: bool, re
     except errors.RevisionNotFoundError:
         raise _missing(f"{repo} has no revision {revision!r}", "check --revision") from None
     except errors.RepositoryNotFoundError:
-        raise _missing(f"the hub has no model {repo}, or it is private", "check the id, or give --hub-token-file") from None
+        raise _missing(
+            f"the hub has no model {repo}, or it is private", "check the id, or give --hub-token-file"
+        ) from None
     except errors.LocalEntryNotFoundError as error:
         where = "it is not in the local cache and --offline is set" if offline else f"the hub can't be reached: {error}"
         raise _missing(f"{repo}: {where}", "connect once, or give a directory with --model") from None
@@ -75,14 +77,14 @@ def _reporting(report: Report) -> type:
 
     bars: dict[int, tuple[int, int]] = {}
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             self._bytes = kwargs.get("unit") == "B"
             super().__init__(*args, **{**kwargs, "disable": False, "file": _Null(), "mininterval": 0.2})
 
         def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
+            shown = bool(super().update(n))
             if self._bytes:
                 bars[id(self)] = (int(self.n), int(self.total or 0))
                 report(sum(n for n, _ in bars.values()), sum(t for _, t in bars.values()))
@@ -118,7 +120,9 @@ def check(directory: Path) -> dict[str, Any]:
         raise _missing(f"{directory} holds no *.safetensors file", "fetch the model again")
     absent = [name for name in names if not (directory / name).exists()]
     if absent:
-        raise _missing(f"{directory}: {len(absent)} of {len(names)} weight files are missing, {absent[0]} first", "fetch it again")
+        raise _missing(
+            f"{directory}: {len(absent)} of {len(names)} weight files are missing, {absent[0]} first", "fetch it again"
+        )
     for name in names:
         _check_length(directory / name)
     return config
@@ -153,4 +157,6 @@ def _check_length(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise _missing(f"{path.name} is no safetensors file, or cut short ({error})", "fetch it again") from None
     if path.stat().st_size != 8 + size + end:
-        raise _missing(f"{path.name} has {path.stat().st_size} bytes, its header says {8 + size + end}", "fetch it again")
+        raise _missing(
+            f"{path.name} has {path.stat().st_size} bytes, its header says {8 + size + end}", "fetch it again"
+        )

@@ -1,7 +1,7 @@
 """Fingerprints: which weights, tokenizer and settings K/V pages and token ids belong to.
 
-A weight file is hashed whole (SHA-256) once and remembered by device, inode, size, mtime and ctime: a file swapped under
-the same path, even with its times copied, has another inode or ctime and is hashed again.
+A weight file is hashed whole (SHA-256) once and remembered by device, inode, size, mtime and ctime: a file swapped
+under the same path, even with its times copied, has another inode or ctime and is hashed again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
 
 
 def digest(*parts: str) -> str:

@@ -56,7 +56,7 @@ class Link:
         """Messages that have arrived; waits up to `wait_s` for the first one."""
         if wait_s and not self._socket.poll(int(1000 * wait_s)):
             return
-        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while self._socket.poll(0):
             frames = self._socket.recv_multipart()
             yield _work.decode(frames[0]), frames[1:]
 

@@ -78,7 +78,7 @@ class State(msgspec.Struct, tag="state"):
 
 
 class Started(msgspec.Struct, tag="started"):
-    """The request was admitted. Before this message it may be given to a new engine; after it, it dies with this one."""
+    """The request was admitted. Until then it may be given to a new engine; after, it dies with this one."""
 
     rid: str
     queue_ms: float

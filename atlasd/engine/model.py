@@ -1,4 +1,4 @@
-"""Loading: from a model directory to a model whose attention goes to pages, with everything the engine must know of it."""
+"""Loading: from a model directory to a model whose attention goes to pages, with all the engine must know of it."""
 
 from __future__ import annotations
 
@@ -80,13 +80,15 @@ def choose_device(wanted: str) -> torch.device:
     if not torch.cuda.is_available():
         why = "this torch build has no CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         raise ErrorReply(
-            ErrorCode.INVALID_PARAMETER, f"--device cuda: {why}", "`atlasctl doctor` shows the driver; or use --device cpu"
+            ErrorCode.INVALID_PARAMETER,
+            f"--device cuda: {why}",
+            "`atlasctl doctor` shows the driver; or use --device cpu",
         )
     return torch.device("cuda")
 
 
 def choose_dtype(wanted: str, family: Any, device: torch.device) -> torch.dtype:
-    """auto: float32 on a CPU (recomputed K/V then agrees closely with kept K/V), the checkpoint's own 16-bit type on a GPU."""
+    """auto: float32 on a CPU (recomputed K/V then agrees with kept K/V closely), the model's 16-bit type on a GPU."""
     if wanted != "auto":
         return getattr(torch, wanted)  # type: ignore[no-any-return]
     if device.type == "cpu":
@@ -113,7 +115,9 @@ def _config(directory: Path, raw: dict[str, Any]) -> Any:
         raise ErrorReply(ErrorCode.NO_SUCH_MODEL, f"unknown architecture {raw.get('model_type')!r}: {hint}") from None
     text = family.get_text_config(decoder=True)
     if getattr(text, "is_encoder_decoder", False):
-        raise ErrorReply(ErrorCode.NO_SUCH_MODEL, f"{family.model_type} is an encoder-decoder; only decoders are served")
+        raise ErrorReply(
+            ErrorCode.NO_SUCH_MODEL, f"{family.model_type} is an encoder-decoder; only decoders are served"
+        )
     return text if text.model_type.removesuffix("_text") == family.model_type else family
 
 
@@ -171,7 +175,9 @@ def _probe(model: PreTrainedModel, way: str, device: torch.device) -> tuple[KVGr
     except Exception as error:  # whatever an unknown architecture does with the step
         raise _unserved(model, f"{type(error).__name__}: {error}") from error
     if probe.problems or sorted(probe.shapes) != list(range(layers)):
-        raise _unserved(model, "; ".join(probe.problems) or f"{len(probe.shapes)} of {layers} layers use paged attention")
+        raise _unserved(
+            model, "; ".join(probe.problems) or f"{len(probe.shapes)} of {layers} layers use paged attention"
+        )
     return probe.groups()
 
 
@@ -186,7 +192,9 @@ def _max_context(config: Any, wanted: int) -> int:
         # Frequencies change with the longest sequence of a batch: past this length kept K/V would be wrong.
         own = min(own, int(rope.get("original_max_position_embeddings") or own))
     if wanted > own:
-        raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"--max-context {wanted}: the model has {own}", "lower --max-context")
+        raise ErrorReply(
+            ErrorCode.INVALID_PARAMETER, f"--max-context {wanted}: the model has {own}", "lower --max-context"
+        )
     return wanted or own
 
 
@@ -202,7 +210,9 @@ def _describe(
     config: Config,
 ) -> LoadedModel:
     memory = Path(config.state_dir) / "fingerprints.json"
-    fingerprint = identity.digest(identity.weights(hub.weight_files(directory), memory), json.dumps(raw, sort_keys=True))
+    fingerprint = identity.digest(
+        identity.weights(hub.weight_files(directory), memory), json.dumps(raw, sort_keys=True)
+    )
     quantized = getattr(model, "atlas_quantization", None)
     recipe = f"{config.quant}/{config.quant_block_size}/{config.quant_z_threshold}" if quantized else "none"
     tokenizer_id = identity.tokenizer(directory)

@@ -1,6 +1,7 @@
 """From logits to a token: penalties and filters are transformers' logits processors.
 
-A draw depends only on (seed, position), so it is the same after preemption, in another batch and when a request runs again.
+A draw depends only on (seed, position): it is the same after preemption, in another batch and when a request runs
+again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers.generation.logits_process import (
 _MIX = 0x9E3779B97F4A7C15  # odd constant of splitmix64 (Steele et al. 2014): spreads consecutive positions
 
 
-class _Bias(LogitsProcessor):  # type: ignore[misc]
+class _Bias(LogitsProcessor):
     """Adds a constant to chosen tokens' logits."""
 
     def __init__(self, bias: Mapping[int, float]) -> None:
@@ -35,7 +36,7 @@ class _Bias(LogitsProcessor):  # type: ignore[misc]
         return scores.index_add(1, self._ids, self._values[None])
 
 
-class _PresenceFrequency(LogitsProcessor):  # type: ignore[misc]
+class _PresenceFrequency(LogitsProcessor):
     """score -= presence + frequency * count for tokens generated in this turn (OpenAI's definition)."""
 
     def __init__(self, presence: float, frequency: float, since: int) -> None:
@@ -56,7 +57,9 @@ class Sampler:
         self._temperature = _temperature(sampling, defaults)
         for token in sampling.logit_bias:
             if not 0 <= token < vocab:
-                raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"logit_bias names token {token}; the vocabulary has {vocab}")
+                raise ErrorReply(
+                    ErrorCode.INVALID_PARAMETER, f"logit_bias names token {token}; the vocabulary has {vocab}"
+                )
         self._adjust = _penalties(sampling, defaults, base)
         self._filter = _filters(sampling, defaults, self._temperature)
 
@@ -66,11 +69,11 @@ class Sampler:
             raise ErrorReply(ErrorCode.INTERNAL, "the model produced logits that are not numbers; no token was drawn")
         scores = logits[None]
         if self._adjust:
-            scores = self._adjust(torch.tensor([tokens], dtype=torch.int64), scores)
+            scores = self._adjust(_ids(tokens), scores)
         if self._temperature == 0:
             token = int(scores.argmax())
         else:
-            token = self._draw(self._filter(None, scores), len(tokens))
+            token = self._draw(self._filter(_ids(tokens[-1:]), scores), len(tokens))
         return token, self._logprob(logits, token)
 
     def _draw(self, scores: torch.Tensor, position: int) -> int:
@@ -85,6 +88,11 @@ class Sampler:
         values, ids = logprobs.topk(min(self._want, logprobs.numel()))
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
         return TokenLogprob(token, float(logprobs[token]), top)
+
+
+def _ids(tokens: list[int]) -> Any:
+    """[1, len(tokens)]; a LongTensor to transformers' annotations."""
+    return torch.tensor([tokens], dtype=torch.int64)
 
 
 def _temperature(sampling: Sampling, defaults: Mapping[str, Any]) -> float:

@@ -1,7 +1,7 @@
 """Which requests run, and how many tokens of each go into the next forward pass. No torch, zmq or lmdb.
 
-Continuous batching with chunked prefill: every decoding request gets its one token in every pass; prefills share `chunk`
-tokens in order of admission. A request that is out of pages makes the youngest other one give its pages back.
+Continuous batching with chunked prefill: every decoding request gets its one token in every pass; prefills share
+`chunk` tokens in order of admission. A request that is out of pages makes the youngest other one give its pages back.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ class Text:
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         for token in tokens:
             if token >= self.vocab:
-                raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"token {token} is outside the vocabulary of {self.vocab}")
+                raise ErrorReply(
+                    ErrorCode.INVALID_PARAMETER, f"token {token} is outside the vocabulary of {self.vocab}"
+                )
         return list(tokens)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
@@ -48,8 +50,8 @@ class Text:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _chat(self, messages: list[dict[str, str]], fresh: bool, last_finish: str, answer: bool) -> str:
-        """The template's text for `messages` alone. In a session only what follows the earlier turns is rendered: their exact
-        tokens are kept, so the template is asked what it writes after a placeholder that stands for them."""
+        """The template's text for `messages` alone. In a session only what follows the earlier turns is rendered: their
+        exact tokens are kept, so the template is asked what it writes after a placeholder that stands for them."""
         if fresh:
             return self._render(messages, answer)
         if last_finish == "append":  # the last message was closed when it was appended
@@ -68,8 +70,11 @@ class Text:
             )
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
-        except Exception as error:  # templates are Jinja programs of their own: whatever they raise is about the messages
-            raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"the chat template refused the messages: {error}") from None
+        except (
+            Exception
+        ) as error:  # templates are Jinja programs of their own: whatever they raise is about the messages
+            message = f"the chat template refused the messages: {error}"
+            raise ErrorReply(ErrorCode.INVALID_PARAMETER, message) from None
         return str(text)
 
     def decoder(self, before: Sequence[int], stop: Sequence[str]) -> Decoder:
@@ -96,7 +101,7 @@ class Decoder:
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """The text that became certain with `token`. Sets `stopped` when a stop string is complete: it is not part of the text."""
+        """The text that became certain with `token`. Sets `stopped` at a complete stop string, which is left out."""
         self._held += self._stream(token)
         found = [i for i in (self._held.find(s) for s in self._stop) if i >= 0]
         if found:
@@ -128,7 +133,7 @@ def _stream(tokenizer: Any, before: Sequence[int]) -> Any:
 
 
 class _OffsetStream:
-    """For tokenizers without a Rust backend: decodes a short window with and without the new id and returns the difference."""
+    """For tokenizers without a Rust backend: the difference of a short window decoded with and without the new id."""
 
     def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer

@@ -127,7 +127,9 @@ class Worker:
                 f"{len(history)} tokens of the session and {len(prompt)} of the prompt do not fit into {limit}",
             )
         if base + 1 > self.pool_tokens:
-            raise ErrorReply(self._memory_code, f"{base} tokens do not fit into the {self.pool_tokens} that pages are there for")
+            raise ErrorReply(
+                self._memory_code, f"{base} tokens do not fit into the {self.pool_tokens} that pages are there for"
+            )
         wanted = DEFAULT_MAX_TOKENS if sampling.max_tokens is None else sampling.max_tokens
         room = min(limit, self.pool_tokens) - base
         return Request(

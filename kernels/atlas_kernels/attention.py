@@ -1,10 +1,10 @@
 """Attention of one sequence's query rows over its gathered keys and values.
 
-Symbols: T query rows, L context tokens (the last row attends to all of them), H query heads, G KV heads (H a multiple of G),
-D head dimension. Row i stands at position L - T + i and sees positions (p - window, p].
+Symbols: T query rows, L context tokens (the last row attends to all of them), H query heads, G KV heads (H a multiple
+of G), D head dimension. Row i stands at position p = L - T + i and sees positions (p - window, p].
 
-`reference` is the specification in plain torch; `attend` is what the engine calls: torch's fused kernel where the model's
-variant has one, the reference otherwise.
+`reference` is the specification in plain torch; `attend` is what the engine calls: torch's fused kernel where the
+model's variant has one, the reference otherwise.
 """
 
 from __future__ import annotations
@@ -68,5 +68,11 @@ def attend(
     plain_causal = rows == length and not (window and length > window)
     mask = None if rows == 1 or plain_causal else visible(rows, length, window, q.device)
     return F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, is_causal=plain_causal and rows > 1, scale=scale, enable_gqa=q.shape[0] != k.shape[0]
+        q[None],
+        k[None],
+        v[None],
+        attn_mask=mask,
+        is_causal=plain_causal and rows > 1,
+        scale=scale,
+        enable_gqa=q.shape[0] != k.shape[0],
     )[0]

@@ -2,11 +2,11 @@
 
 Vocabulary. A *block* is a device-pool slot of BLOCK_TOKENS tokens, all layers. A *page* is a block's content with
 its key. A *sealed* page is full and immutable; a *tail* is the part-filled last page of a sequence. A *chain key*
-names tokens [0, end of page): it is SHA-256 over the previous key and the page's token ids, seeded with identity and owner,
-so equal keys mean equal K/V.
+names tokens [0, end of page): it is SHA-256 over the previous key and the page's token ids, seeded with identity and
+owner, so equal keys mean equal K/V.
 
-States of a block: FREE, OPEN (one sequence appends to it), SEALED (immutable, shared by reference count; with no reference
-it is a cache entry that may be evicted). free + open + sealed = total, on every tier.
+States of a block: FREE, OPEN (one sequence appends to it), SEALED (immutable, shared by reference count; with no
+reference it is a cache entry that may be evicted). free + open + sealed = total, on every tier.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PageLayout:
 
 @dataclasses.dataclass(frozen=True)
 class PageHeader:
-    """What identifies a page wherever it lies. `tokens` are the page's own ids: BLOCK_TOKENS of them, fewer in a tail."""
+    """What identifies a page wherever it lies. `tokens`: the page's own ids, BLOCK_TOKENS of them, fewer in a tail."""
 
     key: bytes  # chain key up to and including this page (32 bytes)
     parent: bytes  # chain key before this page (32 bytes)
@@ -145,7 +145,8 @@ class KVSequence(Protocol):
     ready: bool
 
     def reserve(self, count: int) -> None:
-        """Makes room to append `count` tokens: evicts cached pages, extends block_table. Raises OutOfBlocks, changing nothing."""
+        """Makes room for `count` more tokens: evicts cached pages, extends block_table. Raises OutOfBlocks, changing
+        nothing."""
         ...
 
     def commit(self, tokens: Sequence[int]) -> None:
@@ -154,8 +155,8 @@ class KVSequence(Protocol):
         ...
 
     def persist(self) -> Ticket:
-        """Writes the tail and waits (in the writer thread) for all its pages: `ticket.done` when settled. The sequence must not
-        be appended to afterwards."""
+        """Writes the tail and, in the writer thread, waits for all its pages: `ticket.done` when settled. The sequence
+        must not be appended to afterwards."""
         ...
 
     def release(self) -> None:
@@ -170,8 +171,8 @@ class KVStore(Protocol):
     slabs: list[torch.Tensor]  # one a group: [blocks, layers, 2, kv_heads, BLOCK_TOKENS, head_dim]
 
     def open(self, tokens: Sequence[int], owner: str, *, durable: bool) -> KVSequence:
-        """Begins a sequence that will hold `tokens`. Finds the longest usable prefix of tokens[:-1] over all tiers (at least one
-        token is always left to compute), pins what is resident, and starts reading the rest. Raises OutOfBlocks."""
+        """Begins a sequence that will hold `tokens`. Finds the longest usable prefix of tokens[:-1] over all tiers (one
+        token at least is left to compute), pins what is resident, starts reading the rest. Raises OutOfBlocks."""
         ...
 
     def poll(self) -> None:
