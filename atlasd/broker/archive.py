@@ -1,6 +1,6 @@
 """Session archives: what export writes and import reads. Portable: truth only, no KV.
 
-"ATLSESS" | version byte 1 | SHA-256 of the rest (32 bytes) | msgpack of {"session": SessionRecord, "turns": [TurnRecord]}
+"ATLSESS" | version byte 1 | SHA-256 of the rest (32 bytes) | msgpack of Content
 """
 
 from __future__ import annotations

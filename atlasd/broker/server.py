@@ -55,7 +55,8 @@ from .place import Place
 from .sessions import invalid
 from .streams import Key, Limits, Stream, StreamTable
 from .supervisor import Supervisor
-from .turns import Turns, replay
+from .turn import replay
+from .turns import Turns
 
 log = logging.getLogger("atlasd.broker")
 
@@ -255,20 +256,20 @@ class Broker:
         stream = self.outbox.table.find(key)
         match request:
             case Ping():
-                self._send(self.control, identity, header.rid, Pong(self.boot, stream is not None))
+                self._send(self.control, identity, header, Pong(self.boot, stream is not None))
             case Cancel():
                 self.turns.cancel(key, time.monotonic())
             case Credit() if stream is not None:
                 self.outbox.grant(stream, request.events)
 
     def _refuse(self, socket: zmq.Socket[bytes], identity: bytes, rid: str, error: ErrorReply) -> None:
-        """An ERROR outside of any stream."""
+        """An ERROR outside of any stream: its number is 0."""
         log.info("refused rid=%s code=%s", rid, error.code.value)
-        self._send(socket, identity, rid, Error.of(error))
+        self._send(socket, identity, Header(rid), Error.of(error))
 
-    def _send(self, socket: zmq.Socket[bytes], identity: bytes, rid: str, message: Any) -> None:
+    def _send(self, socket: zmq.Socket[bytes], identity: bytes, header: Header, message: Any) -> None:
         with contextlib.suppress(zmq.ZMQError):  # a client that is gone or does not read loses this reply alone
-            socket.send_multipart([identity, *protocol.encode(Header(rid, 1), message)], zmq.NOBLOCK)
+            socket.send_multipart([identity, *protocol.encode(header, message)], zmq.NOBLOCK)
 
     def _hello(self, call: Call) -> None:
         asked: Hello = call.request

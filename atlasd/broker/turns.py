@@ -12,9 +12,6 @@ free again by then. Sessions are locked by name from the request until the termi
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -22,59 +19,22 @@ from typing import Any
 
 import msgspec
 from atlas_client.errors import ErrorCode, ErrorReply
-from atlas_client.protocol import Accepted, Error, Generate, Progress, Sampling, SessionAppend, Tokens
+from atlas_client.protocol import Accepted, Error, Generate, Progress, Sampling, SessionAppend
 
 from ..config import Config
 from ..engine.messages import Failed, Finished, Relay, Started, State, Submit
 from .calls import Call
 from .log import Log
 from .outbox import Outbox
-from .sessions import SessionRecord, Sessions, TurnRecord, check_name, invalid, unpack
+from .sessions import Sessions, TurnRecord
 from .streams import Key, Stream
 from .supervisor import Supervisor
+from .turn import Phase, Turn, check, record_of, replay, seeded
 
 log = logging.getLogger("atlasd.turns")
 MAX_SUBMITS = 3  # a request that was in the queue of that many engines that died is no longer offered
 EARLY_CANCEL_S = 5.0  # CANCEL may overtake its request: they travel on two sockets
 PHASES = {"starting": "load", "downloading": "download", "loading": "load", "quantizing": "quantize"}
-
-
-class Phase(enum.Enum):
-    LOOKUP = enum.auto()
-    HELD = enum.auto()
-    SUBMITTED = enum.auto()
-    STARTED = enum.auto()
-    STORING = enum.auto()
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Turn:
-    stream: Stream
-    digest: bytes
-    request: Generate
-    append_only: bool
-    detach: bool
-    arrived: float  # monotonic seconds
-    deadline: float | None
-    phase: Phase = Phase.LOOKUP
-    session: SessionRecord | None = None
-    tokens: bytes = b""  # the session's token ids before the turn
-    submits: int = 0
-    submitted: float = 0.0
-    ending: Error | None = None  # the terminal reply it is to get
-
-    @property
-    def rid(self) -> str:
-        return self.stream.key[1]
-
-    @property
-    def ticket(self) -> str:
-        """The request's name in the engine, where all owners' requests meet."""
-        return "/".join(self.stream.key)
-
-    @property
-    def lock(self) -> Key | None:
-        return (self.stream.key[0], self.request.session) if self.request.session is not None else None
 
 
 class Turns:
@@ -118,10 +78,10 @@ class Turns:
         self._accept(call, request, append_only=True)
 
     def _accept(self, call: Call, request: Generate, append_only: bool) -> None:
-        _check(request)
+        check(request)
         now = time.monotonic()
         turn = Turn(
-            call.stream, call.digest, _seeded(call, request), append_only,
+            call.stream, call.digest, seeded(call, request), append_only,
             detach=request.session is not None if request.detach is None else request.detach, arrived=now,
             deadline=now + request.deadline_ms / 1000 if request.deadline_ms else None,
         )  # fmt: skip
@@ -262,7 +222,7 @@ class Turns:
         if turn.ending is not None:
             self._end(turn, turn.ending)
             return
-        record = _record(turn, message, raw)
+        record = record_of(turn, message, raw)
         session = turn.session
         if session is None:
             self._end(turn, record.done(None))
@@ -372,52 +332,6 @@ class Turns:
         self.live.pop(turn.ticket, None)
         if turn.lock is not None and self.locks.get(turn.lock) == turn.rid:
             del self.locks[turn.lock]
-
-
-def replay(outbox: Outbox, stream: Stream, digest: bytes, record: TurnRecord, session: str | None) -> None:
-    """Answers a request from the log: ACCEPTED, TOKENS with the whole text, DONE."""
-    if digest and digest != record.digest:
-        outbox.end(stream, Error.of(invalid(f"request id {record.rid!r} was used for another request")))
-        return
-    outbox.push(stream, Accepted(0))
-    if record.generated_ids:
-        outbox.push(stream, Tokens(0, unpack(record.generated_ids), record.text))
-    outbox.end(stream, record.done(session))
-
-
-def _record(turn: Turn, message: Finished, raw: Sequence[bytes]) -> TurnRecord:
-    held = (turn.submitted - turn.arrived) * 1000
-    timings = msgspec.structs.replace(
-        message.timings, queue_ms=message.timings.queue_ms + held, ttft_ms=message.timings.ttft_ms + held
-    )
-    return TurnRecord(
-        rid=turn.rid, digest=turn.digest, start=len(turn.tokens) // 4, prompt_ids=raw[0], generated_ids=raw[1],
-        finish_reason=message.finish_reason, created=time.time(), prompt_text=message.prompt_text, text=message.text,
-        sampling=turn.request.sampling, usage=message.usage, timings=timings, seed=message.seed,
-        kv_durable=message.kv_durable, reset_reason=message.reset_reason,
-    )  # fmt: skip
-
-
-def _check(request: Generate) -> None:
-    given = [value for value in (request.prompt, request.tokens, request.messages) if value is not None]
-    if len(given) != 1:
-        raise invalid("give exactly one of prompt, tokens and messages")
-    if request.messages == []:
-        raise invalid("messages is empty")
-    if request.tokens and max(request.tokens) >= 2**32:
-        raise invalid("a token id is below 2^32")
-    if request.session is not None:
-        check_name(request.session)
-
-
-def _seeded(call: Call, request: Generate) -> Generate:
-    """The request with a seed. One that was not given follows from owner and request id, so that a request sent again
-    after a restart of the daemon yields the tokens its client has seen already."""
-    if request.sampling.seed is not None:
-        return request
-    drawn = hashlib.blake2b("/".join(call.stream.key).encode(), digest_size=8).digest()
-    sampling = msgspec.structs.replace(request.sampling, seed=int.from_bytes(drawn, "little") >> 1)
-    return msgspec.structs.replace(request, sampling=sampling)
 
 
 def _cancelled(message: str = "cancelled by the client") -> Error:
