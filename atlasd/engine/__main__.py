@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,6 +18,7 @@ from atlas_client.protocol import Error
 
 from atlasd.config import Config
 
+from . import hub
 from .link import Link, rss_bytes
 from .messages import Beat, EngineSpec, State
 
@@ -103,16 +105,41 @@ def die_with_parent() -> None:
 
 
 def build(spec: EngineSpec, config: Config, link: Link) -> Worker:
-    """Imports torch, loads the model, opens the tiers. Raises ErrorReply, whatever went wrong."""
+    """Finds the model, imports torch, loads, opens the tiers. Raises ErrorReply, whatever went wrong."""
     try:
-        from .build import build_worker
+        report = Reporter(link)
+        directory = find(spec, config, report)
+        report("loading", 0, 0, "")
+        from .build import build_worker  # imports torch: seconds, which a wrong name should not wait for
 
-        return build_worker(spec, config, link, Reporter(link))
+        return build_worker(spec, directory, config, link, report)
     except ErrorReply:
         raise
     except Exception as error:
         log.exception("the engine can't start")
         raise ErrorReply(ErrorCode.INTERNAL, f"the engine can't start: {type(error).__name__}: {error}") from error
+
+
+def find(spec: EngineSpec, config: Config, report: Reporter) -> Path:
+    """The model's directory, fetched when it is a hub id, its files checked. Raises ErrorReply."""
+    directory = hub.resolve(
+        spec.model,
+        revision=spec.revision,
+        token=_token(config.hub_token_file),
+        offline=config.offline,
+        report=lambda done, total: report("downloading", done, total, "bytes"),
+    )
+    hub.check(directory)
+    return directory
+
+
+def _token(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"hub token file {file}: {error}") from None
 
 
 if __name__ == "__main__":

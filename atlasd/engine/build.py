@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import psutil
 import torch
@@ -27,13 +28,13 @@ RAM_SHARE = 0.8  # of the available RAM that page pools may take
 VRAM_SHARE = 0.85  # of the VRAM left after the weights, when --kv-vram-gb gives no figure
 
 
-def build_worker(spec: EngineSpec, config: Config, link: Link, report: Report) -> Worker:
-    """Loads the model and opens the tiers. Raises ErrorReply."""
+def build_worker(spec: EngineSpec, directory: Path, config: Config, link: Link, report: Report) -> Worker:
+    """Loads the model in `directory` and opens the tiers. Raises ErrorReply."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     torch.set_grad_enabled(False)
-    loaded = load(spec.model, spec.revision, config, report)
+    loaded = load(spec.model, directory, config, report)
     info = loaded.info
     log.info("%s on %s (%s), %d layers quantized", info.architecture, info.device, info.dtype, info.layers_quantized)
     return Worker(loaded, open_store(loaded, config), link, config)

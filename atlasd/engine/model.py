@@ -51,18 +51,10 @@ class LoadedModel:
     info: ModelInfo
 
 
-def load(name: str, revision: str | None, config: Config, report: Report) -> LoadedModel:
-    """Finds, checks, reads, quantizes and probes a model. Raises ErrorReply."""
-    device = choose_device(config.device)
-    directory = hub.resolve(
-        name,
-        revision=revision,
-        token=_token(config.hub_token_file),
-        offline=config.offline,
-        report=lambda done, total: report("downloading", done, total, "bytes"),
-    )
+def load(name: str, directory: Path, config: Config, report: Report) -> LoadedModel:
+    """Reads, quantizes and probes the model in `directory`. Raises ErrorReply."""
     raw = hub.check(directory)
-    report("loading", 0, 0, "")
+    device = choose_device(config.device)
     family = _config(directory, raw)
     way = "cache" if family.model_type in CACHE_FAMILIES else "interface"
     dtype = choose_dtype(config.dtype, family, device)
@@ -95,15 +87,6 @@ def choose_dtype(wanted: str, family: Any, device: torch.device) -> torch.dtype:
         return torch.float32
     own = getattr(family, "dtype", None)
     return own if own in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _token(file: str | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"hub token file {file}: {error.strerror}") from None
 
 
 def _config(directory: Path, raw: dict[str, Any]) -> Any:
