@@ -31,7 +31,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
-	MYPYPATH=$(TRAINING) $(BIN)/mypy --strict $(SCRIPTS)
+	MYPYPATH=$(TRAINING):clients/python $(BIN)/mypy --strict --explicit-package-bases $(SCRIPTS)
 
 fault: $(STAMP)
 	$(BIN)/python tests/fault/run.py $(ARGS)
