@@ -8,16 +8,36 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from . import protocol
 from .errors import AtlasError, ErrorCode, ErrorReply
-from .protocol import Attach, BadFrame, Cancel, Credit, Error, Generate, Header, Ping, Pong
+from .protocol import (
+    Attach,
+    BadFrame,
+    Cancel,
+    Credit,
+    Error,
+    Generate,
+    Header,
+    Hello,
+    ModelList,
+    Ping,
+    Pong,
+    SessionExport,
+    SessionList,
+    SessionShow,
+    Status,
+)
 from .stream import Stream
 
 MISSES = 2  # PONGs in a row that do not know a stream before it is sent again
+UNKNOWN_MISSES = 10  # the same for requests that change nothing: brokers need not know their streams
+UNKNOWN = (Hello, Status, SessionList, SessionShow, SessionExport, ModelList)
+_RID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +98,8 @@ class Link:
         self._watches.pop(stream.rid, None)
 
     def cancel(self, rid: str) -> None:
+        """Raises ErrorReply when `rid` can't be a request id."""
+        check(rid)
         self._send_control(rid, Cancel())
 
     def fail(self, error: AtlasError) -> None:
@@ -153,7 +175,8 @@ class Link:
             self.work_out.append(protocol.encode(Header(watch.stream.rid), Attach(watch.stream.last_seq)))
         elif watch and watch.due is None:
             watch.misses = 0 if pong.known else watch.misses + 1
-            if (watch.awaiting and not pong.known) or watch.misses >= MISSES:
+            most = UNKNOWN_MISSES if isinstance(watch.stream.body, UNKNOWN) else MISSES
+            if (watch.awaiting and not pong.known) or watch.misses >= most:
                 self._resend(watch, "the daemon lost the request", now)
 
     def _resend(self, watch: _Watch, reason: str, now: float) -> None:
@@ -189,10 +212,17 @@ class Link:
 
 def encode(stream: Stream) -> list[bytes]:
     """The frames of a stream's request. Raises ErrorReply when a value can't be encoded."""
+    check(stream.rid)
     try:
         return protocol.encode(Header(stream.rid), stream.body, stream.raw)
     except (TypeError, ValueError, OverflowError) as error:  # UnicodeEncodeError: half a surrogate pair
         raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"the request can't be encoded: {error}") from None
+
+
+def check(rid: str) -> None:
+    """Raises ErrorReply when `rid` can't be a request id: a daemon could not even say whom it refuses."""
+    if not _RID.fullmatch(rid):
+        raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"request id {rid!r} is not 1 to 64 of A-Z a-z 0-9 . _ -")
 
 
 def _decode(frames: Sequence[bytes]) -> tuple[Header | None, Any, Sequence[bytes]]:

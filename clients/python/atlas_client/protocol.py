@@ -423,6 +423,11 @@ Reply = (
 )  # fmt: skip
 STREAMING = (Accepted, Progress, Tokens)  # every other reply is terminal
 
+
+class _Tag(msgspec.Struct):
+    type: str
+
+
 _encoder = msgspec.msgpack.Encoder()
 _header = msgspec.msgpack.Decoder(Header)
 _request = msgspec.msgpack.Decoder(Request)
@@ -477,6 +482,15 @@ def _decode(frames: Sequence[bytes], decoder: msgspec.msgpack.Decoder[Any]) -> t
     try:
         return header, decoder.decode(frames[2]), frames[3:]
     except msgspec.ValidationError as error:
-        raise BadFrame(str(error), header.rid, parameter="`$.type`" not in str(error)) from None
+        raise BadFrame(str(error), header.rid, parameter=_typed(frames[2], error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadFrame(f"body: {error}", header.rid) from None
+
+
+def _typed(body: bytes, error: msgspec.ValidationError) -> bool:
+    """Whether a body that was refused is of a known type, so that only a field's value is wrong."""
+    try:
+        msgspec.msgpack.decode(body, type=_Tag)
+    except msgspec.DecodeError:
+        return False
+    return "`$.type`" not in str(error)

@@ -18,7 +18,6 @@ FIELDS = (
     *("text", "tokens", "finish_reason", "usage", "timings", "session", "durable", "kv_durable"),
     *("reset_reason", "seed", "request_id", "logprobs"),
 )
-)
 
 
 @click.command()
