@@ -1,0 +1,387 @@
+"""The disk tier: pages in slots of segment files, found through a durable index.
+
+Order of every write: slot bytes, fdatasync, index commit. Order of every removal: index commit, then the slot is free.
+So at any moment an index record points to a slot whose bytes were complete when the record was committed.
+
+`_io` is held by the one thread that writes, through its disk accesses; `_state` (see Catalog) for moments. Order: _io,
+then _state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from . import recovery
+from .base import PageHeader, PageLayout, TierStats
+from .catalog import Catalog, Fill, Sink
+from .counters import Counters
+from .errors import PageDamaged
+from .index import Entry
+from .indexfile import Changes
+from .keys import PageId, layout_hash
+from .memory import aligned_buffer, copy
+from .segment import SECTOR, Place, Segment, SlotDamaged, SlotHeader, decode_header, digest, encode_header, slot_size
+from .space import DiskConfig as DiskConfig
+from .space import Space
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+READERS_LEAVE_S = 2.0
+
+
+class DiskTier(Catalog[Place]):
+    """PageTier on NVMe. Thread-safe. Pages of other identities count, are never found, and are evicted first."""
+
+    name = "disk"
+
+    def __init__(self, layout: PageLayout, identity: bytes, config: DiskConfig, counters: Counters) -> None:
+        """Locks and opens the directory and repairs what a crash left. Raises StoreLocked, OSError."""
+        super().__init__(identity)
+        self._config, self._counters = config, counters
+        self._layout_hash = layout_hash(layout)
+        self.page_bytes = layout.page_bytes
+        self._slot_bytes = slot_size(layout.page_bytes)
+        self._io = threading.RLock()
+        self._staging = aligned_buffer(self._slot_bytes)  # the writer's, under _io
+        self._spare: list[memoryview] = []  # readers' staging buffers not in use
+        self._touched: dict[bytes, int] = {}  # use stamps that are not in the index file yet
+        self._busy: set[Place] = set()  # slots being written
+        self._leaving: list[Entry[Place]] = []  # out of the index here, their records not yet deleted
+        self._lingering: set[Place] = set()  # records deleted, but a reader is still in the slot
+        self._pause_s, self._paused_until, self._grow_after = 0.0, 0.0, 0.0
+        self.last_error = ""
+        self._lock_fd = recovery.lock_directory(config.path, config.lock_wait_s)
+        try:
+            self._adopt(recovery.recover(config.path))
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    def _adopt(self, found: recovery.Recovered) -> None:
+        self._file = found.index
+        self._space = Space(self._config, found.index, found.segments, self._slot_bytes)
+        for entry in found.entries:
+            self._index.add(entry)
+            self._space.occupy(entry.place)
+        self._clock = max((entry.stamp for entry in found.entries), default=0)
+        self._counters.add("disk_pages_damaged", found.lost)
+        for note in found.notes:
+            self._counters.warn(f"{self._config.path}: {note}")
+        self._shrink()
+        self._bytes_used = self._space.used_bytes()
+
+    # --- reading -----------------------------------------------------------------------------------
+
+    def load(self, entry: Entry[Place], sink: Sink) -> None:
+        """See Catalog.load. Any read error counts as damage of this page."""
+        with self._buffer() as buffer:
+            try:
+                payload = self._read(entry, buffer)
+            except (OSError, SlotDamaged) as error:
+                self._quarantine(entry, error)
+                raise PageDamaged("page damaged on disk") from error
+            sink(payload)
+        self._counters.add("disk_pages_read")
+        self._counters.add("disk_bytes_read", self._slot_bytes)
+
+    def _read(self, entry: Entry[Place], buffer: memoryview) -> memoryview:
+        got = self._space.segment(entry.place).read(entry.place.slot, buffer)
+        header = decode_header(buffer[:got])
+        if header.page != entry.page or header.identity != self._identity or header.layout != self._layout_hash:
+            raise SlotDamaged("another page lies in the slot")
+        if header.payload_bytes != self.page_bytes or got < SECTOR + self.page_bytes:
+            raise SlotDamaged(f"{got - SECTOR} bytes of a page of {self.page_bytes}")
+        payload = buffer[SECTOR : SECTOR + self.page_bytes]
+        if digest(payload) != header.digest:
+            raise SlotDamaged("payload checksum differs")
+        return payload
+
+    @contextlib.contextmanager
+    def _buffer(self) -> Iterator[memoryview]:
+        try:
+            buffer = self._spare.pop()
+        except IndexError:
+            buffer = aligned_buffer(self._slot_bytes)
+        try:
+            yield buffer
+        finally:
+            self._spare.append(buffer)
+
+    def _quarantine(self, entry: Entry[Place], error: Exception) -> None:
+        if self._forget([entry]):
+            self._counters.add("disk_pages_damaged")
+            self._counters.warn(f"{self._config.path}: a page was dropped: {error}")
+
+    def _used(self, entry: Entry[Place]) -> None:
+        """Notes a use. It reaches the disk with a later commit; a crash loses the order of use alone."""
+        super()._used(entry)
+        self._clock += 1
+        entry.stamp = self._touched[entry.page.key] = self._clock
+
+    # --- writing -----------------------------------------------------------------------------------
+
+    def put(self, header: PageHeader, payload: memoryview) -> bool:
+        """Stores a page durably; see PageTier.put."""
+        if len(payload) != self.page_bytes:
+            return False
+        return self.store([(PageId.from_header(header), lambda into: copy(into, payload))])[0]
+
+    def store(self, pages: Sequence[tuple[PageId, Fill]]) -> list[bool]:
+        """Stores pages with one fdatasync a segment and one commit; each `fill` writes one payload.
+        One bool a page: it is on disk now. After a failure writes are refused for a while (see last_error)."""
+        with self._io:
+            wanted = {page.key: (page, fill) for page, fill in pages if page.consistent and not self.holds(page)}
+            if wanted and time.monotonic() >= self._paused_until:
+                try:
+                    complete = self._store(list(wanted.values()))
+                    self._pause_s, self.last_error = 0.0, "" if complete else "no room under the disk cap"
+                except OSError as error:
+                    self._pause(error)
+            done = [self.holds(page) for page, _ in pages]
+            self._counters.add("disk_writes_dropped", done.count(False))
+            return done
+
+    def _pause(self, error: OSError) -> None:
+        self._pause_s = min(2 * self._pause_s or FIRST_PAUSE_S, LONGEST_PAUSE_S)
+        self._paused_until = time.monotonic() + self._pause_s
+        self.last_error = error.strerror or str(error)
+        self._counters.add("disk_write_errors")
+        self._counters.warn(f"{self._config.path}: write failed: {self.last_error}")
+
+    def _store(self, pages: list[tuple[PageId, Fill]]) -> bool:
+        """Writes what there is room for. False: not all of it."""
+        places = self._allocate(len(pages))
+        entries: list[Entry[Place]] = []
+        try:
+            for (page, fill), place in zip(
+                pages, places, strict=False
+            ):  # fewer places than pages: the cap is too small
+                with contextlib.suppress(PageDamaged):  # the page's source in RAM is bad: leave it out
+                    self._write(page, fill, place)
+                    entries.append(Entry(page, place, identity=self._identity))
+        finally:  # what was written before a failure is worth keeping
+            try:
+                self._publish(entries)
+            finally:
+                self._settle(places)
+        return len(places) == len(pages)
+
+    def _write(self, page: PageId, fill: Fill, place: Place) -> None:
+        payload = self._staging[SECTOR : SECTOR + self.page_bytes]
+        fill(payload)
+        header = SlotHeader(page, self._identity, self._layout_hash, self.page_bytes, digest(payload))
+        encode_header(header, self._staging)
+        self._space.segment(place).write(place.slot, self._staging)
+
+    def _publish(self, entries: list[Entry[Place]]) -> None:
+        for number in {entry.place.segment for entry in entries}:
+            self._space.segments[number].sync()
+        with self._state:
+            for entry in entries:
+                self._clock += 1
+                entry.stamp = self._clock
+        self._commit(Changes(put=entries))
+        with self._state:
+            for entry in entries:
+                self._busy.discard(entry.place)
+                self._index.add(entry)
+        self._counters.add("disk_pages_written", len(entries))
+        self._counters.add("disk_bytes_written", len(entries) * self._slot_bytes)
+
+    def _settle(self, places: list[Place]) -> None:
+        """Slots that were taken and have no record go back."""
+        with self._state:
+            for place in places:
+                if place in self._busy:
+                    self._busy.remove(place)
+                    self._space.give_back(place)
+
+    def _commit(self, changes: Changes) -> None:
+        """One transaction, with the deletions and stamps that wait for one. Raises OSError; then they go on waiting."""
+        with self._state:
+            leaving, touched = list(self._leaving), dict(self._touched)
+        changes.delete += [entry.page.key for entry in leaving]
+        own = {key: stamp for key, stamp in touched.items() if self.find(key)}
+        changes.stamps.update(own)
+        self._file.apply(changes)
+        bytes_used = self._space.used_bytes()
+        with self._state:
+            self._bytes_used = bytes_used
+            self._leaving = self._leaving[len(leaving) :]
+            self._touched = {key: stamp for key, stamp in self._touched.items() if touched.get(key) != stamp}
+            for entry in leaving:
+                if entry.pins:
+                    self._lingering.add(entry.place)
+                else:
+                    self._space.give_back(entry.place)
+
+    # --- room --------------------------------------------------------------------------------------
+
+    def _allocate(self, count: int) -> list[Place]:
+        """Up to `count` slots, marked busy: free ones, a new segment's, those of evicted pages. Raises OSError."""
+        self._shrink()
+        places: list[Place] = []
+        try:
+            while len(places) < count:
+                with self._state:
+                    place = self._space.take()
+                    if place is not None:
+                        self._busy.add(place)
+                        places.append(place)
+                if place is None and not self._grow() and not self._evict(count - len(places)):
+                    break
+        except OSError:
+            self._settle(places)
+            raise
+        return places
+
+    def _grow(self) -> bool:
+        """One more segment, in the room of one of another size if need be."""
+        if time.monotonic() < self._grow_after:
+            return False
+        try:
+            while not self._space.may_grow():
+                misfit = self._space.misfit()
+                if misfit is None or not self._remove_segment(misfit):
+                    return False
+            segment = self._space.make_segment()
+            with self._state:
+                self._space.add(segment)
+            return True
+        except OSError as error:
+            self._grow_after = time.monotonic() + LONGEST_PAUSE_S
+            if not any(segment.slot_bytes == self._slot_bytes for segment in self._space.segments.values()):
+                raise
+            self._counters.warn(f"{self._config.path}: no room for a new segment: {error.strerror}")
+            return False
+
+    def _evict(self, count: int) -> bool:
+        """Removes up to `count` pages, oldest first, durably. False: none could go."""
+        with self._state:
+            candidates = (e for e in self._index if not e.pins and self._fits(e.place))
+            victims = [entry for entry, _ in zip(candidates, range(count), strict=False)]
+        removed = self._remove(victims)
+        self._counters.add("disk_pages_evicted", removed)
+        return removed > 0
+
+    def _fits(self, place: Place) -> bool:
+        return self._space.segment(place).slot_bytes == self._slot_bytes
+
+    def _shrink(self) -> None:
+        """Removes whole segments until the cap holds: other sizes first, then the longest unused. Raises OSError."""
+        while self._space.segments and self._space.used_bytes() > self._config.cap_bytes:
+            if not any(self._remove_segment(segment) for segment in self._by_age()):
+                return
+
+    def _by_age(self) -> list[Segment]:
+        newest = dict.fromkeys(self._space.segments, 0)
+        with self._state:
+            for entry in self._index:
+                if entry.identity == self._identity:
+                    newest[entry.place.segment] = max(newest[entry.place.segment], entry.stamp)
+        same = self._slot_bytes
+        return sorted(self._space.segments.values(), key=lambda s: (s.slot_bytes == same, newest[s.number], s.number))
+
+    def _remove_segment(self, segment: Segment) -> bool:
+        """Deletes a segment with its pages. False: some page in it is being read."""
+        with self._state:
+            inside = [entry for entry in self._index if entry.place.segment == segment.number]
+            in_use = any(e.pins for e in inside) or any(
+                p.segment == segment.number for p in self._lingering | self._busy
+            )
+            if in_use:
+                return False
+        removed = self._remove(inside)
+        self._commit(Changes(drop_segments=[segment.number]))
+        with self._state:
+            self._space.remove(segment)
+        self._counters.add("disk_pages_evicted", removed)
+        return True
+
+    # --- removal -----------------------------------------------------------------------------------
+
+    def drop(self, key: bytes, *, erase: bool = False) -> bool:
+        """Forgets a page durably; see PageTier.drop."""
+        return self.drop_all([key], erase=erase) == 1
+
+    def drop_all(self, keys: Iterable[bytes], *, erase: bool = False) -> int:
+        """Forgets pages with one commit; with `erase` their slots are zeros on disk before. Returns how many there
+        were. When the disk refuses, the pages are forgotten now and their records with the next commit that works;
+        erasing raises OSError instead."""
+        with self._state:
+            entries = [entry for key in dict.fromkeys(keys) if (entry := self._index.find(key)) is not None]
+        return self._remove(entries, erase=True) if erase else self._forget(entries)
+
+    def _forget(self, entries: list[Entry[Place]]) -> int:
+        before = sum(not entry.gone for entry in entries)
+        with contextlib.suppress(OSError):  # the records go with the next commit
+            self._remove(entries)
+        return before
+
+    def _remove(self, entries: list[Entry[Place]], *, erase: bool = False) -> int:
+        with self._io:
+            with self._state:
+                going = [entry for entry in entries if not entry.gone]
+                for entry in going:
+                    self._index.remove(entry)
+                    entry.gone = True
+                self._leaving += going
+            if erase:
+                self._erase(going)
+            if going:
+                self._commit(Changes())
+            return len(going)
+
+    def _erase(self, entries: list[Entry[Place]]) -> None:
+        with self._state:
+            self._state.wait_for(lambda: not any(entry.pins for entry in entries), READERS_LEAVE_S)
+        self._staging[:] = bytes(self._slot_bytes)
+        for entry in entries:
+            segment = self._space.segment(entry.place)
+            segment.write(entry.place.slot, self._staging[: segment.slot_bytes])
+        for number in {entry.place.segment for entry in entries}:
+            self._space.segments[number].sync()
+
+    def _vacate(self, entry: Entry[Place]) -> None:
+        if entry.place in self._lingering:  # else its record is not deleted yet; _commit() frees the slot
+            self._lingering.remove(entry.place)
+            self._space.give_back(entry.place)
+
+    # --- accounts ----------------------------------------------------------------------------------
+
+    def stats(self) -> TierStats:
+        """Slots of all segments; bytes of all files."""
+        with self._state:
+            being = len(self._busy) + len(self._leaving) + len(self._lingering)
+            counts = (self._space.slots, self._space.free_slots, being, len(self._index))
+            return TierStats(self.name, *counts, self.page_bytes, self._bytes_used, self._config.cap_bytes)
+
+    def check(self) -> None:
+        """Raises AssertionError unless every slot is free, used once or being moved, as the index file says too."""
+        with self._io, self._state:
+            leaving = [entry.place for entry in self._leaving]
+            used = [*(entry.place for entry in self._index), *self._busy, *self._lingering, *leaving]
+            free = [Place(number, slot) for number, slots in self._space.free.items() for slot in slots]
+            if len(set(used + free)) != len(used + free) or len(used + free) != self._space.slots:
+                raise AssertionError(f"disk tier: {len(used)} used + {len(free)} free slots, {self._space.slots} there")
+            recorded = {e.page.key: e.place for e in self._file.load()[0].entries}
+            if recorded != {e.page.key: e.place for e in [*self._index, *self._leaving]}:
+                raise AssertionError("disk tier: index file and memory differ")
+            if self._space.segments and self._space.used_bytes() > self._config.cap_bytes:
+                raise AssertionError("disk tier: over its cap")
+
+    def close(self) -> None:
+        """Writes the stamps that wait, closes the files and lets the directory go. Idempotent."""
+        with self._io:
+            if self._lock_fd < 0:
+                return
+            with contextlib.suppress(OSError):
+                self._commit(Changes())
+            self._file.close()
+            self._space.close()
+            os.close(self._lock_fd)
+            self._lock_fd = -1

@@ -1,0 +1,195 @@
+"""The threads that move pages: readers fill blocks from the host tier or the disk, one writer stores pages on disk.
+
+The engine's thread hands in jobs and takes the finished ones back from `finished`; blocks that a job names are
+referenced for as long as it runs, so their bytes belong to the job (fill) or do not change (store).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .base import Ticket
+from .block import Block
+from .catalog import Catalog, Fill
+from .counters import Counters
+from .disk import DiskTier
+from .errors import PageDamaged
+from .index import Entry
+from .keys import PageId
+
+BATCH_BYTES = 32 << 20  # pages that share one fdatasync and one commit
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class ReadJob:
+    """Fill a block with a page. `sources` are pinned; `wanted` may be cleared by the engine while it waits."""
+
+    block: Block
+    page: PageId
+    sources: list[tuple[Catalog[Any], Entry[Any]]]
+    wanted: bool = True
+    ok: bool = False
+    reason: str = ""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class WriteJob:
+    """Store a page on disk. `block` is None when the page lies in the host tier."""
+
+    page: PageId
+    fill: Fill
+    block: Block | None
+    release: Callable[[], None] = lambda: None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class TicketJob:
+    """Settle a ticket once all jobs before it are done. `chain` must be on disk; `superseded`: tails to drop then."""
+
+    ticket: Ticket
+    chain: Sequence[PageId]
+    superseded: Callable[[DiskTier], list[bytes]]
+
+
+class Mover:
+    """Owns the threads. Methods are for the engine's thread."""
+
+    def __init__(
+        self, write_block: Callable[[int, memoryview], None], disk: DiskTier | None, counters: Counters, readers: int
+    ) -> None:
+        """`write_block(block, payload)` copies a verified page to the device."""
+        self._write_block, self._disk, self._counters = write_block, disk, counters
+        self.finished: deque[ReadJob | WriteJob | TicketJob] = deque()
+        self.event = threading.Event()  # something is in `finished`
+        self._reads: deque[ReadJob] = deque()
+        self._writes: deque[WriteJob | TicketJob] = deque()
+        self._writing = 0  # jobs taken from _writes, not yet settled
+        self._wake = threading.Condition()
+        self._closing = False
+        self._threads = [threading.Thread(target=self._read_loop, name=f"kv-read-{n}") for n in range(readers)]
+        if disk is not None:
+            self._threads.append(threading.Thread(target=self._write_loop, name="kv-write"))
+        for thread in self._threads:
+            thread.daemon = True
+            thread.start()
+
+    def submit(self, jobs: Sequence[ReadJob | WriteJob | TicketJob]) -> None:
+        """Queues jobs; reads and writes are each done in order. Write and ticket jobs need a disk."""
+        with self._wake:
+            for job in jobs:
+                if isinstance(job, ReadJob):
+                    self._reads.append(job)
+                else:
+                    self._writes.append(job)
+            self._wake.notify_all()
+
+    def drain_writes(self) -> None:
+        """Blocks until every queued write and ticket is settled."""
+        with self._wake:
+            self._wake.wait_for(lambda: not self._writes and not self._writing)
+
+    def close(self) -> None:
+        """Drops the reads that wait, finishes all writes, stops the threads."""
+        with self._wake:
+            for job in self._reads:
+                job.wanted = False
+            self._closing = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    # --- readers -----------------------------------------------------------------------------------
+
+    def _read_loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._reads or self._closing)
+                if not self._reads:
+                    return
+                job = self._reads.popleft()
+            try:
+                self._read(job)
+            except Exception as error:  # a lost job would leave its sequence waiting for ever
+                job.ok, job.reason = False, f"restore failed ({error})"
+                self._counters.warn(job.reason)
+            self._finish([job])
+
+    def _read(self, job: ReadJob) -> None:
+        try:
+            for tier, entry in job.sources:
+                if not job.wanted or job.ok:
+                    return
+                try:
+                    tier.load(entry, lambda payload: self._write_block(job.block.number, payload))
+                    job.ok = True
+                except PageDamaged as error:
+                    job.reason = str(error)
+        finally:
+            for tier, entry in job.sources:
+                tier.unpin(entry)
+
+    # --- writer ------------------------------------------------------------------------------------
+
+    def _write_loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._writes or self._closing)
+                if not self._writes:
+                    return
+                batch = self._next_batch()
+                self._writing = len(batch)
+            try:
+                self._write(batch)
+            finally:
+                with self._wake:
+                    self._writing = 0
+                    self._wake.notify_all()
+            self._finish(batch)
+
+    def _next_batch(self) -> list[WriteJob | TicketJob]:
+        page_bytes = self._disk.page_bytes if self._disk else 1
+        limit = max(1, BATCH_BYTES // page_bytes)
+        batch: list[WriteJob | TicketJob] = []
+        while self._writes and limit:
+            job = self._writes.popleft()
+            limit -= isinstance(job, WriteJob)
+            batch.append(job)
+        return batch
+
+    def _write(self, batch: list[WriteJob | TicketJob]) -> None:
+        disk = self._disk
+        if disk is None:
+            return
+        error = ""
+        try:
+            disk.store([(job.page, job.fill) for job in batch if isinstance(job, WriteJob)])
+        except Exception as failure:  # a dead writer would leave every later ticket unsettled
+            error = f"write failed ({failure})"
+            self._counters.warn(error)
+        for job in batch:
+            if isinstance(job, WriteJob):
+                job.release()
+            else:
+                self._settle(disk, job, error)
+
+    def _settle(self, disk: DiskTier, job: TicketJob, error: str) -> None:
+        """Asks the index itself, so earlier failures and evictions are seen too."""
+        missing = sum(not disk.holds(page) for page in job.chain)
+        if missing:
+            cause = error or disk.last_error or "evicted under the disk cap"
+            job.ticket.error = f"{missing} of {len(job.chain)} pages are not on disk: {cause}"
+        else:
+            disk.drop_all(job.superseded(disk))
+            for page in reversed(job.chain):  # the end of a chain is of no use without its beginning: let it go first
+                disk.touch(page)
+        job.ticket.pages = len(job.chain)
+        job.ticket.durable = not missing
+        job.ticket.done = True
+
+    def _finish(self, jobs: Sequence[ReadJob | WriteJob | TicketJob]) -> None:
+        self.finished.extend(jobs)
+        self.event.set()

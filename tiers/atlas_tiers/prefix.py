@@ -1,0 +1,99 @@
+"""The search for the longest usable prefix over all tiers. Memory only: no disk access, no torch.
+
+What is found is held (blocks referenced, pages pinned) until the sequence has it or `give_up` lets it go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from .block import Block, BlockPool
+from .catalog import Catalog
+from .index import Entry
+from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, common_tokens
+
+Sources = list[tuple[Catalog[Any], Entry[Any]]]
+
+
+@dataclasses.dataclass(slots=True)
+class Hit:
+    """A page of the prefix: in a block (referenced), or in lower tiers (pinned, fastest first)."""
+
+    page: PageId
+    block: Block | None
+    sources: Sources
+
+
+@dataclasses.dataclass(slots=True)
+class TailHit:
+    """The page after the full ones, of which `used` tokens agree. `owned`: its block was taken over, not copied."""
+
+    hit: Hit
+    used: int
+    owned: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Prefix:
+    """Full pages in order, then perhaps a part of one more."""
+
+    hits: list[Hit]
+    tail: TailHit | None
+
+    @property
+    def blocks_needed(self) -> int:
+        """Fresh blocks: for every page to be read, and for a tail that is read or copied."""
+        return sum(hit.block is None for hit in self.hits) + (self.tail is not None and not self.tail.owned)
+
+    def give_up(self, pool: BlockPool) -> None:
+        """Undoes what the search holds."""
+        if self.tail is not None and self.tail.owned and self.tail.hit.block is not None:
+            pool.seal(self.tail.hit.block, self.tail.hit.page)
+        for hit in reversed([*self.hits, *([self.tail.hit] if self.tail else [])]):
+            if hit.block is not None:
+                pool.release(hit.block)
+            for tier, entry in hit.sources:
+                tier.unpin(entry)
+
+
+def longest_prefix(root: bytes, packed: bytes, pool: BlockPool, tiers: Sequence[Catalog[Any]]) -> Prefix:
+    """The longest chain of full pages over all tiers, then the page that shares most tokens with what follows.
+    `tiers`: fastest first."""
+    hits: list[Hit] = []
+    parent = root
+    for start in range(0, len(packed) - PACKED_BYTES + 1, PACKED_BYTES):
+        hit = _hold(PageId.of(parent, packed[start : start + PACKED_BYTES]), pool, tiers)
+        if hit is None:
+            break
+        hits.append(hit)
+        parent = hit.page.key
+    rest = packed[len(hits) * PACKED_BYTES :][:PACKED_BYTES]
+    return Prefix(hits, _best_tail(parent, rest, pool, tiers))
+
+
+def _hold(page: PageId, pool: BlockPool, tiers: Sequence[Catalog[Any]]) -> Hit | None:
+    block = pool.find(page)
+    if block is not None:
+        pool.acquire(block)
+        return Hit(page, block, [])
+    sources: Sources = [(tier, entry) for tier in tiers if (entry := tier.pin(page)) is not None]
+    return Hit(page, None, sources) if sources else None
+
+
+def _best_tail(parent: bytes, rest: bytes, pool: BlockPool, tiers: Sequence[Catalog[Any]]) -> TailHit | None:
+    if not rest:
+        return None
+    pages = [block.page for block in pool.followers(parent) if block.page is not None]
+    for tier in tiers:
+        pages += tier.followers(parent)
+    if not pages:
+        return None
+    best = max(pages, key=lambda page: common_tokens(page.packed, rest))  # the first of equals: the fastest tier
+    used = common_tokens(best.packed, rest)
+    block = pool.find(best)
+    if used and block is not None and used * TOKEN_BYTES == len(best.packed) and pool.reopen(block):
+        return TailHit(Hit(best, block, []), used, owned=True)
+    hit = _hold(best, pool, tiers) if used else None
+    return TailHit(hit, used, owned=False) if hit else None

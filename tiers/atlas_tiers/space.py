@@ -1,0 +1,119 @@
+"""The segments of a directory as room: which slots are free, when a new file may be made, what counts as used."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+
+from .indexfile import Changes, IndexFile, budget
+from .segment import Place, Segment, create_segment, segment_bytes, sync_directory
+
+MIN_SLOTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskConfig:
+    """Where KV pages lie and how much they may take. `cap_bytes` counts every byte in `path`."""
+
+    path: Path
+    cap_bytes: int
+    free_floor_bytes: int = 1 << 30  # no new segment when the file system would have less than this left
+    segment_bytes: int = 64 << 20  # about; at least MIN_SLOTS slots, and small against the cap
+    lock_wait_s: float = 5.0  # how long a predecessor may take to die
+
+
+class Space:
+    """Segments by number and their free slots. The disk tier calls it under its locks."""
+
+    def __init__(self, config: DiskConfig, index: IndexFile, segments: dict[int, Segment], slot_bytes: int) -> None:
+        self._config, self._index, self._slot_bytes = config, index, slot_bytes
+        self.segments = segments
+        self.free: dict[int, set[int]] = {n: set(range(segment.slots)) for n, segment in segments.items()}
+
+    @property
+    def slots(self) -> int:
+        """Of all segments, those of other layouts included."""
+        return sum(segment.slots for segment in self.segments.values())
+
+    @property
+    def free_slots(self) -> int:
+        return sum(len(free) for free in self.free.values())
+
+    def segment(self, place: Place) -> Segment:
+        return self.segments[place.segment]
+
+    def occupy(self, place: Place) -> None:
+        """Marks a slot as used."""
+        self.free[place.segment].remove(place.slot)
+
+    def give_back(self, place: Place) -> None:
+        """Marks a slot as free. Only when no committed index record points to it."""
+        if place.segment in self.free:
+            self.free[place.segment].add(place.slot)
+
+    def take(self) -> Place | None:
+        """A free slot of this layout's size, now used; None if there is none."""
+        for number, free in self.free.items():
+            if free and self.segments[number].slot_bytes == self._slot_bytes:
+                slot = min(free)
+                free.remove(slot)
+                return Place(number, slot)
+        return None
+
+    def misfit(self) -> Segment | None:
+        """The oldest segment whose slots have another size: only whole can its room be used."""
+        return next((s for _, s in sorted(self.segments.items()) if s.slot_bytes != self._slot_bytes), None)
+
+    @property
+    def new_slots(self) -> int:
+        """Slots that the next segment would have."""
+        size = min(self._config.segment_bytes, self._config.cap_bytes // 8)
+        return max(MIN_SLOTS, size // self._slot_bytes)
+
+    def used_bytes(self) -> int:
+        """Every byte in the directory."""
+        index = self._index.file_bytes()
+        return index + sum(segment.file_bytes for segment in self.segments.values())
+
+    def may_grow(self) -> bool:
+        """Whether cap and floor allow one more segment with its index records."""
+        new = segment_bytes(self.new_slots, self._slot_bytes)
+        planned = max(budget(self.slots + self.new_slots), self._index.file_bytes()) + budget(0)  # and LMDB's lock file
+        files = sum(segment.file_bytes for segment in self.segments.values())
+        if planned + files + new > self._config.cap_bytes:
+            return False
+        status = os.statvfs(self._config.path)
+        return status.f_bavail * status.f_frsize >= new + self._config.free_floor_bytes
+
+    def make_segment(self) -> Segment:
+        """Makes one more segment, durably; add() takes it in. Raises OSError, leaving nothing behind."""
+        number = max(self.segments, default=0) + 1
+        self._index.reserve(self.slots + self.new_slots)
+        segment = create_segment(self._config.path, number, self.new_slots, self._slot_bytes)
+        try:
+            self._index.apply(Changes(add_segments={number: (segment.slots, segment.slot_bytes)}))
+        except OSError:
+            segment.close()
+            segment.path.unlink(missing_ok=True)
+            raise
+        return segment
+
+    def add(self, segment: Segment) -> None:
+        """Takes in a new segment: all its slots are free."""
+        self.segments[segment.number] = segment
+        self.free[segment.number] = set(range(segment.slots))
+
+    def remove(self, segment: Segment) -> None:
+        """Deletes a segment's file. Only after its record and its pages' records were deleted durably."""
+        del self.segments[segment.number]
+        del self.free[segment.number]
+        segment.close()
+        with contextlib.suppress(OSError):
+            segment.path.unlink(missing_ok=True)
+            sync_directory(self._config.path)
+
+    def close(self) -> None:
+        for segment in self.segments.values():
+            segment.close()

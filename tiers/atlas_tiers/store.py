@@ -1,0 +1,348 @@
+"""All tiers behind one handle: what the engine's main loop calls. Engine thread only; the mover's threads do the I/O.
+
+A page leaves the device pool when no one references it and its block is wanted; it goes to the host tier if there is
+one. Durable sequences' pages are also written to disk behind the engine as they fill. When that queue is full a page is left
+out, and persist(), which asks the disk what it lacks, writes it later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence as Tokens
+from typing import Any
+
+from .base import PageLayout, Ticket, TierStats
+from .block import Block, BlockPool
+from .catalog import Catalog
+from .counters import Counters
+from .device import DeviceMemory
+from .disk import DiskTier
+from .host import HostTier
+from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, chain, identity_hash, pack, root_key
+from .memory import copy
+from .mover import Mover, ReadJob, TicketJob, WriteJob
+from .prefix import Prefix, longest_prefix
+from .sequence import Sequence
+from .space import DiskConfig
+
+READERS = 3
+QUEUE_BYTES = 256 << 20  # of pages waiting to be written; each keeps its block
+
+
+@dataclasses.dataclass(slots=True)
+class _Filling:
+    job: ReadJob
+    waiters: list[Sequence]
+
+
+class TieredStore:
+    """See KVStore. `identity` is the engine's fingerprint of all that K and V depend on besides tokens."""
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        identity: bytes,
+        *,
+        device_blocks: int,
+        host_bytes: int,
+        disk: DiskConfig | None,
+        device: str = "cpu",
+    ) -> None:
+        """Raises StoreLocked when another engine has the directory, OSError or torch's error when memory is short.
+        A directory that can't be used for another reason is a warning: the store then runs without the disk."""
+        self.layout = layout
+        self._identity = identity_hash(identity, layout)
+        self._counters = Counters()
+        self._memory = DeviceMemory(layout, device_blocks, device)
+        self.slabs = self._memory.slabs
+        self.pool = BlockPool(device_blocks, self._demote)
+        self._host = HostTier(layout, host_bytes, self._counters) if host_bytes >= layout.page_bytes else None
+        self._disk = self._open_disk(disk)
+        self._tiers: list[Catalog[Any]] = [tier for tier in (self._host, self._disk) if tier is not None]
+        self._mover = Mover(self._memory.write, self._disk, self._counters, READERS)
+        self._fills: dict[int, _Filling] = {}  # by block number
+        self._queued: set[bytes] = set()  # keys of pages in the write queue
+        self._queue_pages = max(4, min(QUEUE_BYTES // layout.page_bytes, device_blocks // 4))
+
+    def _open_disk(self, config: DiskConfig | None) -> DiskTier | None:
+        if config is None:
+            return None
+        try:
+            return DiskTier(self.layout, self._identity, config, self._counters)
+        except OSError as error:
+            self._counters.warn(f"{config.path}: no KV pages are kept on disk: {error.strerror or error}")
+            return None
+
+    # --- sequences ---------------------------------------------------------------------------------
+
+    def open(self, tokens: Tokens[int], owner: str, *, durable: bool) -> Sequence:
+        """Begins a sequence with the longest usable prefix of tokens[:-1]; see KVStore.open. Raises OutOfBlocks."""
+        root = root_key(self._identity, owner)
+        found = longest_prefix(root, pack(tokens[:-1]), self.pool, self._tiers)
+        try:
+            fresh = self.take(found.blocks_needed)
+        except BaseException:
+            found.give_up(self.pool)
+            raise
+        sequence = Sequence(self, root, durable=durable)
+        self._place(sequence, found, fresh)
+        if self._disk is not None:
+            for hit in reversed(found.hits):
+                self._disk.touch(hit.page)
+        return sequence
+
+    def _place(self, sequence: Sequence, found: Prefix, fresh: list[Block]) -> None:
+        """Gives each page its block and starts the reads."""
+        blocks: list[Block] = []
+        jobs: list[ReadJob] = []
+        for hit in found.hits:
+            block = hit.block
+            if block is None:
+                block = fresh.pop()
+                self.pool.register(block, hit.page)
+                jobs.append(self._fill(block, ReadJob(block, hit.page, hit.sources)))
+            blocks.append(block)
+        rest = b""
+        if found.tail is not None:
+            blocks.append(self._place_tail(found, fresh, jobs))
+            rest = found.tail.hit.page.packed[: found.tail.used * TOKEN_BYTES]
+        waiting = {position for position, block in enumerate(blocks) if block.number in self._fills}
+        for position in waiting:
+            self._fills[blocks[position].number].waiters.append(sequence)
+        sequence.begin(blocks, [hit.page for hit in found.hits], rest, waiting)
+        self._mover.submit(jobs)
+
+    def _place_tail(self, found: Prefix, fresh: list[Block], jobs: list[ReadJob]) -> Block:
+        """The block that the sequence appends to: taken over, copied, or being read."""
+        tail = found.tail
+        if tail is None:
+            raise ValueError("no tail was found")
+        source = tail.hit.block
+        if tail.owned and source is not None:
+            return source
+        block = fresh.pop()
+        if source is None:
+            jobs.append(self._fill(block, ReadJob(block, tail.hit.page, tail.hit.sources)))
+        else:
+            self._memory.duplicate(source.number, block.number)
+            self.pool.release(source)
+        return block
+
+    def _fill(self, block: Block, job: ReadJob) -> ReadJob:
+        self.pool.acquire(block)
+        self._fills[block.number] = _Filling(job, [])
+        return job
+
+    # --- called by sequences -----------------------------------------------------------------------
+
+    def take(self, count: int) -> list[Block]:
+        """`count` OPEN blocks. Raises OutOfBlocks, changing nothing."""
+        if count > self.pool.available:
+            self.poll()  # finished writes give up their blocks
+        return self.pool.take(count)
+
+    def let_go(self, sequence: Sequence, blocks: list[Block]) -> None:
+        """Drops a sequence's references, the end of its chain first: it is to be evicted before the beginning."""
+        for block in reversed(blocks):
+            filling = self._fills.get(block.number)
+            if filling is not None and sequence in filling.waiters:
+                filling.waiters.remove(sequence)
+                if not filling.waiters:
+                    filling.job.wanted = False
+                    self.pool.abandon(block)
+            self.pool.release(block)
+
+    def seal(self, sequence: Sequence, block: Block, page: PageId) -> None:
+        """A block is full. A durable sequence's is queued to be written, unless the queue is full."""
+        self.pool.seal(block, page)
+        if not sequence.durable or self._on_disk(page):
+            return
+        if len(self._queued) >= self._queue_pages:
+            self._counters.add("disk_writes_deferred")
+            return
+        self._mover.submit([self._write_job(block, page)])
+
+    def persist_sequence(self, sequence: Sequence) -> Ticket:
+        """See KVSequence.persist. Raises ValueError for a sequence that is not ready."""
+        if not sequence.ready:
+            raise ValueError("only a ready sequence can be persisted")
+        ticket = Ticket()
+        if self._disk is None or not sequence.durable:
+            ticket.done = True
+            return ticket
+        pages = [*sequence.pages, *([sequence.tail] if sequence.tail else [])]
+        pairs = zip(pages, sequence.blocks, strict=False)  # reserved blocks may follow the last page
+        jobs = [self._write_job(block, page) for page, block in pairs if not self._on_disk(page)]
+        superseded = functools.partial(_superseded, sequence.new_parts())
+        self._mover.submit([*jobs, TicketJob(ticket, pages, superseded)])
+        return ticket
+
+    def _on_disk(self, page: PageId) -> bool:
+        """On disk or on its way there. A ticket finds out whether it arrived."""
+        return self._disk is None or page.key in self._queued or self._disk.holds(page)
+
+    def _write_job(self, block: Block, page: PageId) -> WriteJob:
+        self.pool.acquire(block)
+        self._queued.add(page.key)
+        return WriteJob(page, functools.partial(self._memory.read, block.number), block)
+
+    def _demote(self, number: int, page: PageId) -> None:
+        """A page is about to leave the device pool."""
+        self._counters.add("device_pages_evicted")
+        if self._host is not None:
+            self._host.store([(page, functools.partial(self._memory.read, number))])
+
+    # --- progress ----------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Takes in finished reads and writes; never blocks."""
+        self._mover.event.clear()
+        while self._mover.finished:
+            job = self._mover.finished.popleft()
+            if isinstance(job, ReadJob):
+                self._filled(job)
+            elif isinstance(job, WriteJob):
+                self._queued.discard(job.page.key)
+                if job.block is not None:
+                    self.pool.release(job.block)
+
+    def _filled(self, job: ReadJob) -> None:
+        waiters = self._fills.pop(job.block.number).waiters
+        if not job.ok:
+            self.pool.abandon(job.block)
+        elif job.block.registered:
+            self.pool.seal(job.block, job.page)
+        reason = "" if job.ok else job.reason or "restore was stopped"
+        for sequence in waiters:
+            sequence.filled(job.block, reason)
+        self.pool.release(job.block)
+
+    def wait(self, timeout: float) -> None:
+        """Blocks until poll() has something to do, or `timeout` seconds."""
+        self._mover.event.wait(timeout)
+
+    # --- chains without a sequence -----------------------------------------------------------------
+
+    def persist(self, tokens: Tokens[int], owner: str) -> Ticket:
+        """Writes those pages of the chain that are in memory but not on disk. The ticket covers the pages that are in
+        any tier."""
+        ticket = Ticket()
+        if self._disk is None:
+            ticket.done = True
+            return ticket
+        covered: list[PageId] = []
+        jobs: list[WriteJob] = []
+        for page in self._chain(tokens, owner):
+            job = None if self._on_disk(page) else self._job_from_memory(page)
+            if job is not None or self._on_disk(page):
+                covered.append(page)
+            if job is not None:
+                jobs.append(job)
+        self._mover.submit([*jobs, TicketJob(ticket, covered, lambda disk: [])])
+        return ticket
+
+    def _job_from_memory(self, page: PageId) -> WriteJob | None:
+        block = self.pool.find(page)
+        if block is not None and block.number not in self._fills:
+            return self._write_job(block, page)
+        entry = self._host.pin(page) if self._host is not None else None
+        if self._host is None or entry is None:
+            return None
+        host = self._host
+        self._queued.add(page.key)
+        return WriteJob(
+            page,
+            lambda into: host.load(entry, lambda payload: copy(into, payload)),
+            None,
+            functools.partial(host.unpin, entry),
+        )
+
+    def purge(self, tokens: Tokens[int], owner: str) -> int:
+        """Erases the chain's pages and tails that no running sequence holds, on every tier; returns how many. Waits for
+        the disk: when it returns, the bytes are zeros there. Raises OSError if they could not be overwritten."""
+        self._mover.drain_writes()
+        self.poll()
+        free = [page for page in self._related(tokens, owner) if self._unused(page)]
+        keys = [page.key for page in free]
+        erased = {page.key for page in free if self._erase_block(page)}
+        if self._host is not None:
+            erased |= {key for key in keys if self._host.drop(key, erase=True)}
+        if self._disk is not None:
+            erased |= {key for key in keys if self._disk.find(key)}
+            self._disk.drop_all(keys, erase=True)
+        return len(erased)
+
+    def _unused(self, page: PageId) -> bool:
+        block = self.pool.find(page)
+        return block is None or block.refs == 0
+
+    def _erase_block(self, page: PageId) -> bool:
+        block = self.pool.find(page)
+        if block is None:
+            return False
+        self._memory.erase(block.number)
+        return self.pool.forget(block)
+
+    def _related(self, tokens: Tokens[int], owner: str) -> list[PageId]:
+        """The chain of `tokens` and every tail, old ones too, that `tokens` goes through."""
+        pages = self._chain(tokens, owner)
+        tails: dict[bytes, PageId] = {}
+        for page in pages:
+            blocks = [block.page for block in self.pool.followers(page.parent) if block.page is not None]
+            lower = [follower for tier in self._tiers for follower in tier.followers(page.parent)]
+            tails |= {f.key: f for f in [*blocks, *lower] if f.is_tail and page.packed.startswith(f.packed)}
+        return [*(page for page in pages if page.key not in tails), *tails.values()]
+
+    # --- accounts ----------------------------------------------------------------------------------
+
+    def stats(self) -> list[TierStats]:
+        """Each tier's pages and bytes, fastest first."""
+        total, free, open_, sealed = self.pool.counts()
+        size = self.layout.page_bytes
+        device = TierStats("device", total, free, open_, sealed, size, (open_ + sealed) * size, total * size)
+        lower = [tier.stats() for tier in (self._host, self._disk) if tier is not None]
+        return [device, *lower]
+
+    def counters(self) -> dict[str, int]:
+        """Monotonic counts by name; a name appears with its first count."""
+        return self._counters.counts()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What went wrong since the start, as sentences for a person; the latest few."""
+        return self._counters.warnings()
+
+    def check(self) -> None:
+        """Raises AssertionError when the accounting identity fails on any tier. Call when idle."""
+        self.pool.check()
+        for tier in (self._host, self._disk):
+            if tier is not None:
+                tier.check()
+
+    def close(self) -> None:
+        """Finishes the write queue, stops the threads, lets the directory go."""
+        self._mover.close()
+        self.poll()
+        for tier in (self._host, self._disk):
+            if tier is not None:
+                tier.close()
+
+    # --- names of pages ----------------------------------------------------------------------------
+
+    def _chain(self, tokens: Tokens[int], owner: str) -> list[PageId]:
+        """Full pages of `tokens`, then the exact tail."""
+        root, packed = root_key(self._identity, owner), pack(tokens)
+        pages = chain(root, packed)
+        rest = packed[len(pages) * PACKED_BYTES :]
+        return [*pages, PageId.of(pages[-1].key if pages else root, rest)] if rest else pages
+
+
+def _superseded(parts: list[PageId], disk: DiskTier) -> list[bytes]:
+    """Keys of tails on disk that end where `parts` go on."""
+    return [
+        tail.key
+        for part in parts
+        for tail in disk.followers(part.parent)
+        if tail.is_tail and tail.count < part.count and part.packed.startswith(tail.packed)
+    ]
