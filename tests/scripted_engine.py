@@ -102,11 +102,21 @@ class Engine:
         self.runs: dict[str, Run] = {}
         self.steps = 0
         self.mute = False
+        self.leaving = False
+        self.beats = threading.Thread(target=self.beat, daemon=True)
         self.cancelled: set[str] = set()
         self.persisted = 0
 
     def send(self, message: Any, *raw: bytes) -> None:
         self.work.send_multipart([encode(message), *raw])
+
+    def leave(self) -> None:
+        """Exits when everything sent has reached the broker."""
+        self.leaving = True
+        self.beats.join()
+        self.work.close(2000)
+        self.context.term()
+        os._exit(0)
 
     def load(self) -> None:
         name = self.spec.model
@@ -116,9 +126,7 @@ class Engine:
         if name == "missing":
             error = Error.of(ErrorReply(ErrorCode.NO_SUCH_MODEL, "no model 'missing'"))
             self.send(State("failed", error=error))
-            self.work.close(1000)
-            self.context.destroy(1000)
-            os._exit(0)
+            self.leave()
         steps = 10 if name.startswith("slow") else 1
         for done in range(steps):
             self.send(State("loading", done, steps, "tensors"))
@@ -131,6 +139,9 @@ class Engine:
         """The control socket belongs to this thread."""
         due = 0.0
         while not self.mute:
+            if self.leaving:
+                self.control.close(0)
+                return
             if self.control.poll(20):
                 message = msgspec.msgpack.decode(self.control.recv(), type=Cancel)
                 self.cancelled.add(message.rid)
@@ -146,7 +157,7 @@ class Engine:
         time.sleep(1000)
 
     def serve(self) -> None:
-        threading.Thread(target=self.beat, daemon=True).start()
+        self.beats.start()
         self.load()
         while True:
             due = min((run.due for run in self.runs.values()), default=time.monotonic() + 0.02)
@@ -174,9 +185,7 @@ class Engine:
                 self.persisted += 1
                 self.send(Persisted(message.rid, len(frames[1]) // 256))
             case Shutdown():
-                self.work.close(2000)
-                self.mute = True
-                os._exit(0)
+                self.leave()
 
     def accept(self, message: Submit, history: bytes) -> Run:
         request = message.request

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from .sessions import DATABASES, VERSION, Sessions
 logger = logging.getLogger("atlasd.log")
 FIRST_MAP_BYTES = 64 * 2**20
 MAX_BATCH = 128
+FULL_BYTES = 16 * 2**20  # an I/O error with less room than this is taken for a full disk
 
 Work = Callable[[Sessions], Any]
 Report = Callable[[Any, ErrorReply | None], None]
@@ -161,7 +163,7 @@ class Log:
                 self._grow()
             except (lmdb.Error, OSError) as error:
                 self._recover(error)
-                return _failure(error)
+                return _failure(error, self.directory)
 
     def _attempt(self, parent: Any, job: _Job) -> None:
         """One job in a child transaction: a typed error undoes that job alone."""
@@ -190,11 +192,12 @@ class Log:
         self._open()
 
 
-def _failure(error: Exception) -> ErrorReply:
+def _failure(error: Exception, directory: Path) -> ErrorReply:
+    """LMDB reports a short write, which is how a disk gets full, as an I/O error: so look at the room that is left."""
     text = str(error)
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if getattr(error, "errno", None) in full or any(os.strerror(code) in text for code in full):
-        return ErrorReply(ErrorCode.DISK_FULL, "the disk of the session log is full; the turn was not stored")
+    full = any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT))
+    if full or (os.strerror(errno.EIO) in text and shutil.disk_usage(directory).free < FULL_BYTES):
+        return ErrorReply(ErrorCode.DISK_FULL, "the disk of the session log is full; nothing was stored")
     return ErrorReply(ErrorCode.INTERNAL, f"the session log can't be written: {text}")
 
 

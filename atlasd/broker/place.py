@@ -59,6 +59,8 @@ class Place:
 def _directory(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise PlaceError(f"{path} is no directory") from None
     except OSError as error:
         raise PlaceError(f"{path}: {error.strerror}") from None
 
