@@ -57,8 +57,8 @@ def configure(made: zmq.Socket[Any]) -> None:
     made.setsockopt(zmq.LINGER, 0)
     made.setsockopt(zmq.RCVHWM, 0)
     made.setsockopt(zmq.MAXMSGSIZE, MAX_REPLY_BYTES)
-    made.setsockopt(zmq.RECONNECT_IVL, 20)
-    made.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+    made.setsockopt(zmq.RECONNECT_IVL, 50)
+    made.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
 
 
 def oversize(frames: Sequence[bytes], limit: int) -> None:
