@@ -125,7 +125,7 @@ def daemon(root: Path) -> Iterator[Daemon]:
 def shared_daemon() -> Iterator[Daemon]:
     """One running daemon on the bundled model for tests that leave it as they found it."""
     path = Path(tempfile.mkdtemp(prefix="atlas-"))
-    daemon = Daemon(path)
+    daemon = Daemon(path, "--max-context", "3000", "--prefill-chunk", "256")
     daemon.start()
     yield daemon
     daemon.kill()

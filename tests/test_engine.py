@@ -33,11 +33,23 @@ def _refused(code: ErrorCode, call: Any) -> ErrorReply:
     return caught.value
 
 
+def _until_idle(client: Client) -> None:
+    """Waits for the beat that says nothing runs; then every page is free or sealed, or some sequence leaked one."""
+    deadline = time.monotonic() + 10
+    while client.status().tiers[0].open and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for tier in client.status().tiers:
+        assert tier.free + tier.open + tier.sealed == tier.total
+        assert tier.open == 0
+
+
 def test_layers_are_quantized_and_the_count_is_reported(client: Client) -> None:
     model = client.status().model
     assert model is not None
     assert model.layers_quantized == 6 * 7  # q, k, v, o, gate, up, down in six layers
-    assert model.weight_bytes < 16e6  # 22 MB in bfloat16; embeddings stay as they are
+    linear = 6 * (2 * 384 * 384 + 2 * 384 * 128 + 3 * 384 * 1024)
+    kept = 4 * (4096 * 384 + 13 * 384)  # embeddings and norms, float32
+    assert 8.0 < 8 * (model.weight_bytes - kept) / linear < 8.5  # bits per weight
 
 
 def test_a_stream_adds_up_to_the_result(client: Client) -> None:
@@ -104,7 +116,7 @@ def test_invalid_parameters(client: Client, request_: dict[str, Any]) -> None:
 
 
 def test_long_prefill_reports_progress_and_can_be_cancelled_within_a_chunk(client: Client) -> None:
-    tokens = [(7 * n) % 4000 + 7 for n in range(7000)]
+    tokens = [(7 * n) % 4000 + 7 for n in range(2900)]
     generation = client.generate(tokens=tokens, max_tokens=5)
     chunks: list[Progress] = []
 
@@ -116,7 +128,7 @@ def test_long_prefill_reports_progress_and_can_be_cancelled_within_a_chunk(clien
                     generation.cancel()
 
     _refused(ErrorCode.CANCELLED, cancel_at_the_second_chunk)
-    assert chunks[0].done == 512
+    assert chunks[0].done == 256
     assert chunks[0].total == len(tokens)
     assert len(chunks) <= 4  # the one running when the cancel arrived, and one already sent
 
@@ -199,9 +211,7 @@ def test_many_requests_in_little_memory_give_way_and_all_finish(daemon: Daemon) 
         for thread in threads:
             thread.join(200)
         assert [results[i] for i in range(6)] == alone
-        device = client.status().tiers[0]
-        assert device.free + device.open + device.sealed == device.total
-        assert device.open == 0
+        _until_idle(client)
         _refused(ErrorCode.OUT_OF_RAM, lambda: client.generate(tokens=[9] * 4000).result)
 
 

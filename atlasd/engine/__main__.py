@@ -48,6 +48,7 @@ class Pulse:
             rss_bytes=rss_bytes(),
             tiers=worker.tiers(),
             counters=worker.store.counters(),
+            warnings=worker.store.warnings,
         )
 
 

@@ -72,8 +72,8 @@ class Worker:
         parts = self.plan()
         self.receive(0.0 if parts else self._wait_s())
         self.store.poll()
-        self.settle()
         self.scheduler.admit(self.begin)
+        self.settle()
         if parts := self.plan():
             self.compute(parts)
 

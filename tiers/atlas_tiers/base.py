@@ -197,6 +197,11 @@ class KVStore(Protocol):
         """Monotonic counts: pages written, read, damaged, dropped, evicted, bytes."""
         ...
 
+    @property
+    def warnings(self) -> list[str]:
+        """What went wrong since the start, for a person; the latest few."""
+        ...
+
     def check(self) -> None:
         """Raises AssertionError when the accounting identity fails on any tier. Call when idle."""
         ...
