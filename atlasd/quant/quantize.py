@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from atlas_kernels.reference import PackedWeight
@@ -13,6 +14,7 @@ from torch.nn import functional
 from atlasd.quant.formats import FloatFormat, NonFiniteWeight, Recipe
 
 CHUNK_WEIGHTS = 1 << 18  # weights worked on at a time: temporaries of 1 MiB each, which stay in cache
+SCALE_MIN = torch.finfo(torch.float32).tiny  # a block below this scale is all zeros
 HALF_MIN, HALF_MAX = 2.0**-14, 65504.0  # between them float16 has its full precision
 
 
@@ -29,22 +31,31 @@ class Quantized:
 def quantize(source: Tensor, recipe: Recipe, name: str = "weight") -> Quantized:
     """Quantizes a float matrix [N, K] on its own device, by `recipe`.
 
-    Memory beside the source: a byte a weight for each format tried. Raises NonFiniteWeight, naming `name`, when it holds NaN or infinity.
+    Raises NonFiniteWeight, naming `name`, when it holds NaN or infinity.
     """
-    bounds = _outlier_bounds(source, recipe.z_threshold, name)
     rows, columns = source.shape
     slots = recipe.outlier_slots(columns)
+    codes = source.new_empty(rows, columns, dtype=torch.uint8)
+    scales = source.new_empty(rows, recipe.blocks(columns), dtype=torch.bfloat16)
     index = source.new_zeros(rows, slots, dtype=index_dtype(columns))
     value = source.new_zeros(rows, slots, dtype=torch.float16)
-    attempts = [_Attempt(source, recipe, fmt) for fmt in recipe.candidates]
+    bounds = _outlier_bounds(source, recipe.z_threshold, name)
+    errors = dict.fromkeys(recipe.candidates, 0.0)
+    likely = recipe.candidates[0]  # its codes are kept as they come; when another one wins, they are made again
     for part, weights in _chunks(source):
-        if slots:
-            weights, index[part], value[part] = _take_outliers(weights, slots, *bounds)
-        for attempt in attempts:
-            attempt.add(part, weights)
-    best = min(attempts, key=lambda attempt: attempt.squared_error)
-    packed = PackedWeight(best.codes, best.scales, index, value, best.format.mantissa_bits, recipe.block_size)
-    return Quantized(packed, best.format, best.squared_error)
+        inliers, index[part], value[part] = _take_outliers(weights, slots, *bounds)
+        for fmt in errors:
+            coded = _encode_blocks(inliers, recipe.block_size, fmt)
+            errors[fmt] += coded.squared_error
+            if fmt is likely:
+                codes[part], scales[part] = coded.codes, coded.scales
+    best = min(errors, key=lambda fmt: errors[fmt])
+    if best is not likely:
+        for part, weights in _chunks(source):
+            coded = _encode_blocks(_take_outliers(weights, slots, *bounds)[0], recipe.block_size, best)
+            codes[part], scales[part] = coded.codes, coded.scales
+    packed = PackedWeight(codes, scales, index, value, best.mantissa_bits, recipe.block_size)
+    return Quantized(packed, best, errors[best])
 
 
 def index_dtype(in_features: int) -> torch.dtype:
@@ -75,26 +86,22 @@ def _outlier_bounds(source: Tensor, z: float, name: str) -> tuple[float, float]:
     return (mean - z * deviation, mean + z * deviation) if z else (-float("inf"), float("inf"))
 
 
-class _Attempt:
-    """One matrix in one format."""
+class _Coded(NamedTuple):
+    codes: Tensor  # uint8 [rows, K]
+    scales: Tensor  # bfloat16 [rows, G]
+    squared_error: float
 
-    def __init__(self, source: Tensor, recipe: Recipe, fmt: FloatFormat) -> None:
-        rows, columns = source.shape
-        self.format, self.block = fmt, recipe.block_size
-        self.codes = source.new_empty(rows, columns, dtype=torch.uint8)
-        self.scales = source.new_empty(rows, recipe.blocks(columns), dtype=torch.bfloat16)
-        self.squared_error = 0.0
 
-    def add(self, part: slice, weights: Tensor) -> None:
-        """Encodes the rows `part`. A block's largest weight lands on (nearly) the largest value."""
-        columns = weights.shape[1]
-        padded = functional.pad(weights, (0, -columns % self.block))
-        blocks = padded.reshape(weights.shape[0], -1, self.block)
-        scales = _round_up(blocks.abs().amax(dim=2) / self.format.max_value)
-        wide = scales.to(torch.float32).unsqueeze(2)
-        codes, error = encode(blocks / wide.masked_fill(wide == 0, 1.0), self.format)
-        self.squared_error += float(torch.linalg.vector_norm(error.mul_(wide), dtype=torch.float64)) ** 2
-        self.codes[part], self.scales[part] = codes.flatten(1)[:, :columns], scales
+def _encode_blocks(weights: Tensor, block: int, fmt: FloatFormat) -> _Coded:
+    """Rows in blocks along K. A block's largest weight lands on (nearly) the format's largest value."""
+    columns = weights.shape[1]
+    blocks = functional.pad(weights, (0, -columns % block)).reshape(weights.shape[0], -1, block)
+    exact = blocks.abs().amax(dim=2) / fmt.max_value
+    scales = exact.to(torch.bfloat16).masked_fill_(exact < SCALE_MIN, 0.0)
+    wide = scales.to(torch.float32).unsqueeze(2)
+    codes, error = encode(blocks / wide.masked_fill(wide == 0, 1.0), fmt)
+    squared = float(torch.linalg.vector_norm(error.mul_(wide), dtype=torch.float64)) ** 2
+    return _Coded(codes.flatten(1)[:, :columns], scales, squared)
 
 
 def _take_outliers(weights: Tensor, slots: int, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,26 +115,19 @@ def _take_outliers(weights: Tensor, slots: int, low: float, high: float) -> tupl
     return weights.scatter_add(1, columns, -taken), columns, taken.to(torch.float16)
 
 
-def _round_up(scales: Tensor) -> Tensor:
-    """The least bfloat16 not below each float32 scale, so that no weight is clipped; zero below the normal range."""
-    nearest = scales.to(torch.bfloat16)
-    above = (nearest.view(torch.int16) + 1).view(torch.bfloat16)
-    chosen = torch.where(nearest.to(torch.float32) < scales, above, nearest)
-    return chosen.masked_fill(scales < torch.finfo(torch.float32).tiny, 0.0)
-
-
 def encode(values: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:
-    """The uint8 codes nearest to float32 `values` (ties to even; beyond the largest value, that one), and the error of
-    their magnitudes. Any shape.
+    """The uint8 codes nearest to float32 `values` (ties to even; beyond the largest value, that one), and their
+    magnitudes' errors. Any shape.
 
     With e the value's exponent, at least 1 - bias, the code is (e + bias - 1) · 2^M + round(|v| · 2^(M - e)): a
     mantissa that rounds up to 2^(M+1) carries into the exponent by itself.
     """
     bias, mantissa = fmt.bias, fmt.mantissa_bits
-    magnitude = values.abs().clamp_(max=fmt.max_value)
-    exponent = (magnitude.view(torch.int32) >> 23).clamp_(min=128 - bias)  # with float32's own bias of 127
+    magnitude = values.abs()
+    inside = magnitude.clamp(max=fmt.max_value)
+    exponent = (inside.view(torch.int32) >> 23).clamp_(min=128 - bias)  # with float32's own bias of 127
     factor = (254 + mantissa - exponent).bitwise_left_shift_(23).view(torch.float32)
-    steps = (magnitude * factor).round_()
+    steps = inside.mul_(factor).round_()
     codes = exponent.sub_(128 - bias).bitwise_left_shift_(mantissa).add_(steps.to(torch.int32)).clamp_(max=fmt.max_code)
     negative = (values.view(torch.int32) >> 24).bitwise_and_(0x80)
     return codes.bitwise_or_(negative).to(torch.uint8), steps.div_(factor).sub_(magnitude)
