@@ -15,6 +15,9 @@ from atlas_client.protocol import Error
 from .streams import Stream, StreamTable
 
 log = logging.getLogger("atlasd.broker")
+# Plain integers and single sends: this is the path of each token, and flag arithmetic on enums costs more than sending.
+LAST = int(zmq.NOBLOCK)
+MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -88,7 +91,7 @@ class Outbox:
         identity = stream.identity
         while identity is not None and (event := stream.pending()) is not None:
             try:
-                self.socket.send_multipart([identity, *event.frames], zmq.NOBLOCK)
+                self._write(identity, event.frames)
             except zmq.Again:
                 self.stalled.add(stream)
                 return
@@ -96,6 +99,14 @@ class Outbox:
                 self._lost(stream, error)
                 return
             stream.sent()
+
+    def _write(self, identity: bytes, frames: list[bytes]) -> None:
+        """The frames of one message. Only the first can be refused, as a message is taken whole or not at all."""
+        send = self.socket.send
+        send(identity, MORE)
+        for frame in frames[:-1]:
+            send(frame, MORE)
+        send(frames[-1], LAST)
 
     def _lost(self, stream: Stream, error: zmq.ZMQError) -> None:
         stream.identity = None

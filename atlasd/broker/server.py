@@ -90,6 +90,7 @@ class Broker:
         self.models = Models(self.outbox, self.turns, self.engine, config.model)
         self.desk = Desk(self.outbox, self.log, self.turns, self.engine, config.max_message_mb * 2**20)
         self.stopping = False
+        self._due = 0.0  # when the loop has something to do though nothing arrives
         self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         self._connect()
@@ -141,8 +142,9 @@ class Broker:
         self.stopping = True
 
     def step(self) -> None:
-        """One turn of the loop."""
-        ready = dict(self.poller.poll(self._timeout_ms()))
+        """One turn of the loop. What is not due is not looked at: a relayed token costs its own way only."""
+        wait = max(0.0, self._due - time.monotonic())
+        ready = dict(self.poller.poll(int(wait * 1000) + 1))
         if self._wake in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake, 4096)
@@ -150,10 +152,13 @@ class Broker:
             self._guard(self._drain, self.work, self._request)
         if self.control in ready:
             self._guard(self._drain, self.control, self._control)
-        self._guard(self.engine.receive)
+        self._guard(self.engine.receive, ready)
         if self.log.fd in ready:
             self._guard(self.log.deliver)
-        self._guard(self._tick, time.monotonic())
+        now = time.monotonic()
+        if self.engine.eventful or self.outbox.stalled or now >= self._due or not self.engine.only_work(ready):
+            self._guard(self._tick, now)
+            self._due = time.monotonic() + self._wait_s()
 
     def _guard(self, step: Callable[..., None], *arguments: Any) -> None:
         """Runs one part of the loop; an unexpected exception is logged, and the loop goes on."""
@@ -162,14 +167,14 @@ class Broker:
         except Exception:
             log.exception("unexpected error in the broker")
 
-    def _timeout_ms(self) -> int:
+    def _wait_s(self) -> float:
         now = time.monotonic()
         wait = min(self.engine.wait_s(now), self.turns.next_deadline() - now)
         if self.outbox.stalled:
             wait = min(wait, RETRY_S)
         if self.notifier.interval:
             wait = min(wait, self.notifier.interval)
-        return max(0, int(wait * 1000) + 1)
+        return max(0.0, wait)
 
     def _tick(self, now: float) -> None:
         self.outbox.retry()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..engine.messages import (
     EngineSpec,
     FromEngine,
     FromEngineControl,
+    Relay,
     Shutdown,
     State,
 )
@@ -36,6 +37,7 @@ FIRST_SIGN_S = 60.0  # an engine that imports its libraries beats later than a r
 STUCK_FACTOR = 4  # heartbeats without a step while requests run: a long forward pass is no hang
 FLUSH_S = 20.0  # for the write-behind queue, before SIGTERM
 TERM_S = 3.0  # before SIGKILL
+NOBLOCK = int(zmq.NOBLOCK)  # a plain integer: arithmetic on enums costs more than receiving
 MAX_MESSAGES = 64  # taken from one socket before others get their turn
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -141,6 +143,7 @@ class Supervisor:
         self.state = State("stopped")
         self.error = ""
         self.restarts = 0
+        self.eventful = False
         self.pulse = Pulse(0.0, config.heartbeat_s)
         self.policy = RestartPolicy()
         self.on_message: Callable[[Any, Sequence[bytes]], None] = lambda message, raw: None
@@ -198,20 +201,25 @@ class Supervisor:
 
     # --- the loop's calls --------------------------------------------------------------------------------
 
-    def receive(self, limit: int = MAX_MESSAGES) -> None:
-        """Takes what the engine has sent, up to a limit."""
+    def receive(self, ready: Container[Any], limit: int = MAX_MESSAGES) -> None:
+        """Takes what the engine has sent on the sockets that are `ready`, up to a limit. `eventful` then says whether
+        there was more than relayed events."""
+        self.eventful = False
         engine = self._engine
         if engine is None:
             return
-        for _ in range(limit):
-            try:
-                frames = engine.work.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self._take(frames)
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self.pulse.take(_control.decode(engine.control.recv(zmq.NOBLOCK)), time.monotonic())
+        if engine.work in ready:
+            with contextlib.suppress(zmq.Again):
+                for _ in range(limit):
+                    self._take(engine.work.recv_multipart(NOBLOCK))
+        if engine.control in ready:
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    self.pulse.take(_control.decode(engine.control.recv(NOBLOCK)), time.monotonic())
+
+    def only_work(self, ready: Collection[Any]) -> bool:
+        """Whether nothing but the engine's work socket is ready."""
+        return not ready or (len(ready) == 1 and self._engine is not None and self._engine.work in ready)
 
     def tick(self, now: float) -> None:
         """Notices death and hanging, goes on with a stop, starts what is due."""
@@ -270,6 +278,7 @@ class Supervisor:
 
     def _take(self, frames: list[bytes]) -> None:
         message = _work.decode(frames[0])
+        self.eventful = self.eventful or not isinstance(message, Relay)
         if isinstance(message, State):
             if self._engine and message.state == "failed":
                 self._engine.stopping = time.monotonic() + TERM_S  # it exits by itself, or is made to
@@ -305,7 +314,7 @@ class Supervisor:
 
     def _bury(self, engine: _Engine, now: float) -> None:
         """Takes what it sent before it died, then says so and decides what comes next."""
-        self.receive(limit=1_000_000)
+        self.receive((engine.work,), limit=1_000_000)
         reason = engine.cause or _cause(engine.process.returncode)
         stopping = engine.stopping > 0
         self._forget(engine)
