@@ -17,8 +17,8 @@ PROMPT = "def read_lines(path):\n"
 
 def test_text_events_and_result_agree(shared_daemon: Daemon) -> None:
     with Client(shared_daemon.socket) as client:
-        events = list(client.generate(PROMPT, max_tokens=12, temperature=0))
-        again = client.generate(PROMPT, max_tokens=12, temperature=0)
+        events = list(client.generate(PROMPT, max_tokens=8, temperature=0))
+        again = client.generate(PROMPT, max_tokens=8, temperature=0)
         assert "".join(again.texts()) == again.result.text == again.text
     assert isinstance(events[0], Accepted)
     done = events[-1]
@@ -83,7 +83,7 @@ def test_the_asyncio_client_does_the_same(shared_daemon: Daemon) -> None:
 
 def test_cancel_ends_the_stream_with_its_error(shared_daemon: Daemon) -> None:
     with Client(shared_daemon.socket) as client:
-        generation = client.generate(PROMPT, max_tokens=2000, temperature=0, ignore_eos=True)
+        generation = client.generate(PROMPT, max_tokens=1000, temperature=0, ignore_eos=True)
         next(generation.texts())
         start = time.monotonic()
         generation.cancel()
@@ -94,7 +94,7 @@ def test_cancel_ends_the_stream_with_its_error(shared_daemon: Daemon) -> None:
 
     async def work() -> None:
         async with AsyncClient(shared_daemon.socket) as client:
-            async with await client.generate(PROMPT, max_tokens=2000, temperature=0, ignore_eos=True) as generation:
+            async with await client.generate(PROMPT, max_tokens=1000, temperature=0, ignore_eos=True) as generation:
                 async for _ in generation.texts():
                     break
             assert generation.finished
@@ -105,7 +105,7 @@ def test_cancel_ends_the_stream_with_its_error(shared_daemon: Daemon) -> None:
 
 def test_another_client_attaches(shared_daemon: Daemon) -> None:
     with Client(shared_daemon.socket) as first, Client(shared_daemon.socket) as second:
-        generation = first.generate(PROMPT, max_tokens=30, temperature=0, detach=True)
+        generation = first.generate(PROMPT, max_tokens=10, temperature=0, detach=True)
         next(generation.texts())
         other = second.attach(generation.request_id)
         assert other.text == first.attach(generation.request_id).text
@@ -125,7 +125,7 @@ def test_bad_values_are_typed_errors_and_the_connection_goes_on(shared_daemon: D
 
 def test_a_generation_survives_kill_of_daemon_and_engine(daemon: Daemon) -> None:
     daemon.start()
-    options = {"max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    options = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
     with Client(daemon.socket, reconnect=60) as client:
         undisturbed = client.generate(PROMPT, **options).result  # type: ignore[arg-type]
         generation = client.generate(PROMPT, session="kept", **options)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def test_a_generation_survives_kill_of_daemon_and_engine(daemon: Daemon) -> None
 
 def _engine_killed(daemon: Daemon, client: Client, undisturbed: Done) -> None:
     """The second half, on the same daemon: the engine alone dies, without and with a retry."""
-    options = {"max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    options = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
     generation = client.generate(PROMPT, **options)  # type: ignore[arg-type]
     next(generation.texts())
     os.kill(daemon.engine_pid, signal.SIGKILL)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..client import Client
 
 F = TypeVar("F", bound=Callable[..., Any])
+_SOCKET = click.Path(path_type=Path, readable=False)  # whether it may be opened is said by connecting
 
 
 @dataclasses.dataclass
@@ -44,7 +45,7 @@ def app() -> App:
 def common(command: F) -> F:
     """Adds --socket and --json, which may stand before or after a command's name."""
 
-    @click.option("--socket", "_socket", type=click.Path(path_type=Path), help="The daemon's socket [ATLAS_SOCKET].")
+    @click.option("--socket", "_socket", type=_SOCKET, help="The daemon's socket [ATLAS_SOCKET].")
     @click.option("--json", "_json", is_flag=True, help="Print one JSON object, errors too.")
     @functools.wraps(command)
     def wrapped(*args: Any, _socket: Path | None, _json: bool, **options: Any) -> Any:

@@ -45,6 +45,12 @@ class Commands(Group):
         command: click.Command = getattr(module, cmd_name)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click itself would exit with 1
+            return _mute()
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -79,8 +85,6 @@ def run(args: list[str]) -> int:
         return _report(USAGE, "USAGE", error.format_message(), "", False, as_json)
     except (click.Abort, KeyboardInterrupt):
         return _report(CANCELLED, "CANCELLED", "cancelled", "", False, as_json)
-    except BrokenPipeError:
-        return _mute()
     except AtlasError as error:
         return _failed(error, as_json)
 
