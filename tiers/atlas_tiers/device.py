@@ -7,7 +7,9 @@ import ctypes
 import torch
 
 from .base import BLOCK_TOKENS, KVGroup, PageLayout
-from .memory import address, aligned_buffer
+from .memory import address, aligned_buffer, prefault
+
+PREFAULT_BYTES = 128 << 20  # of each slab's beginning, where blocks are taken from first
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -72,4 +74,5 @@ def _slab(layout: PageLayout, group: KVGroup, blocks: int, device: str, on_cpu: 
     for size in shape:
         count *= size
     memory = aligned_buffer(count * dtype.itemsize)  # torch.zeros would touch, and so commit, all of it
+    prefault(memory[:PREFAULT_BYTES])
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -10,6 +10,7 @@ then _state.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -26,7 +27,7 @@ from .keys import PageId, layout_hash
 from .memory import aligned_buffer, copy
 from .segment import SECTOR, Place, Segment, SlotDamaged, SlotHeader, decode_header, digest, encode_header, slot_size
 from .space import DiskConfig as DiskConfig
-from .space import Space
+from .space import Obstacle, Space
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
@@ -244,10 +245,13 @@ class DiskTier(Catalog[Place]):
         if time.monotonic() < self._grow_after:
             return False
         try:
-            while not self._space.may_grow():
+            while (obstacle := self._space.obstacle()) is not None:
                 misfit = self._space.misfit()
-                if misfit is None or not self._remove_segment(misfit):
+                if misfit is not None and self._remove_segment(misfit):
+                    continue
+                if obstacle is Obstacle.CAP:
                     return False
+                raise OSError(errno.ENOSPC, "less than the free-space floor is left")
             segment = self._space.make_segment()
             with self._state:
                 self._space.add(segment)

@@ -81,7 +81,7 @@ class HostTier(Catalog[int]):
             if erase:
                 self._state.wait_for(lambda: entry.pins == 0)
                 self._view(entry.place)[:] = bytes(self.page_bytes)
-        return self._remove(entry)
+            return self._remove(entry)
 
     def stats(self) -> TierStats:
         """Pages and bytes now."""

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from .block import Block, BlockPool
+from .block import Block, BlockPool, State
 from .catalog import Catalog
 from .index import Entry
-from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, common_tokens
+from .keys import PACKED_BYTES, PageId, common_tokens
 
 Sources = list[tuple[Catalog[Any], Entry[Any]]]
 
@@ -78,6 +78,10 @@ def _hold(page: PageId, pool: BlockPool, tiers: Sequence[Catalog[Any]]) -> Hit |
     if block is not None:
         pool.acquire(block)
         return Hit(page, block, [])
+    return _pin(page, tiers)
+
+
+def _pin(page: PageId, tiers: Sequence[Catalog[Any]]) -> Hit | None:
     sources: Sources = [(tier, entry) for tier in tiers if (entry := tier.pin(page)) is not None]
     return Hit(page, None, sources) if sources else None
 
@@ -92,8 +96,11 @@ def _best_tail(parent: bytes, rest: bytes, pool: BlockPool, tiers: Sequence[Cata
         return None
     best = max(pages, key=lambda page: common_tokens(page.packed, rest))  # the first of equals: the fastest tier
     used = common_tokens(best.packed, rest)
+    if not used:
+        return None
     block = pool.find(best)
-    if used and block is not None and used * TOKEN_BYTES == len(best.packed) and pool.reopen(block):
+    if block is not None and used == best.count and pool.reopen(block):
         return TailHit(Hit(best, block, []), used, owned=True)
-    hit = _hold(best, pool, tiers) if used else None
+    being_filled = block is not None and block.state is State.OPEN  # nothing to copy yet: read it a second time
+    hit = _pin(best, tiers) if being_filled else _hold(best, pool, tiers)
     return TailHit(hit, used, owned=False) if hit else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import os
 from pathlib import Path
 
@@ -22,6 +23,13 @@ class DiskConfig:
     free_floor_bytes: int = 1 << 30  # no new segment when the file system would have less than this left
     segment_bytes: int = 64 << 20  # about; at least MIN_SLOTS slots, and small against the cap
     lock_wait_s: float = 5.0  # how long a predecessor may take to die
+
+
+class Obstacle(enum.Enum):
+    """Why there is no new segment."""
+
+    CAP = "cap"
+    FREE_SPACE = "free space"
 
 
 class Space:
@@ -77,15 +85,16 @@ class Space:
         index = self._index.file_bytes()
         return index + sum(segment.file_bytes for segment in self.segments.values())
 
-    def may_grow(self) -> bool:
-        """Whether cap and floor allow one more segment with its index records."""
+    def obstacle(self) -> Obstacle | None:
+        """What forbids one more segment with its index records, if anything."""
         new = segment_bytes(self.new_slots, self._slot_bytes)
         planned = max(budget(self.slots + self.new_slots), self._index.file_bytes()) + budget(0)  # and LMDB's lock file
         files = sum(segment.file_bytes for segment in self.segments.values())
         if planned + files + new > self._config.cap_bytes:
-            return False
+            return Obstacle.CAP
         status = os.statvfs(self._config.path)
-        return status.f_bavail * status.f_frsize >= new + self._config.free_floor_bytes
+        enough = status.f_bavail * status.f_frsize >= new + self._config.free_floor_bytes
+        return None if enough else Obstacle.FREE_SPACE
 
     def make_segment(self) -> Segment:
         """Makes one more segment, durably; add() takes it in. Raises OSError, leaving nothing behind."""
