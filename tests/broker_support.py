@@ -33,14 +33,15 @@ def until(condition: Callable[[], Any], what: str, limit: float = 20.0) -> Any:
 class Client:
     """One connection to each public socket. Replies are sorted by request id."""
 
-    def __init__(self, daemon: Daemon, *, hwm: int = 100_000) -> None:
+    def __init__(self, daemon: Daemon, *, hwm: int = 100_000, context: zmq.Context[Any] | None = None) -> None:
         self.daemon = daemon
+        self.context = context or zmq.Context.instance()
         self.work = self._connect(str(daemon.socket), hwm)
         self.control = self._connect(f"{daemon.socket}.ctl", hwm)
         self.seen: dict[str, list[tuple[int, Any, list[bytes]]]] = {}
 
     def _connect(self, path: str, hwm: int) -> zmq.Socket[bytes]:
-        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket = self.context.socket(zmq.DEALER)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.RCVHWM, hwm)
         socket.set(zmq.RECONNECT_IVL, 20)
@@ -116,11 +117,12 @@ class Daemon:
         self.flags = ("--model", model, *flags)
         self.process: subprocess.Popen[bytes] | None = None
         self.log = directory / "daemon.log"
+        self.prefix: list[str] = []  # what the daemon is run under
 
     @property
     def command(self) -> list[str]:
         return [
-            sys.executable, "-m", "atlasd", "--socket", str(self.socket), "--state-dir", str(self.state),
+            *self.prefix, sys.executable, "-m", "atlasd", "--socket", str(self.socket), "--state-dir", str(self.state),
             "--engine-command", ENGINE, *self.flags,
         ]  # fmt: skip
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import random
+import shutil
 import signal
 import socket
 import stat
@@ -18,8 +20,23 @@ import lmdb
 import pytest
 import zmq
 from atlas_client import protocol
-from atlas_client.protocol import Done, Error, Generate, Header, Hello, Ping, Status, Welcome
+from atlas_client.protocol import (
+    Done,
+    Error,
+    Generate,
+    Header,
+    Hello,
+    Ping,
+    Progress,
+    SessionList,
+    SessionReply,
+    SessionShow,
+    SessionTruncate,
+    Status,
+    Welcome,
+)
 from broker_support import Client, Daemon, daemon_at, is_error, until
+from scripted_engine import expected, prompt_tokens
 
 
 @pytest.fixture
@@ -300,3 +317,69 @@ def test_client_connected_before_the_daemon(root: Path) -> None:
         assert isinstance(client.replies(rid)[-1], Done)
     finally:
         daemon.kill()
+
+
+def test_a_load_can_be_broken_off(root: Path) -> None:
+    for daemon in daemon_at(root, model="slow"):
+        client = daemon.client()
+        client.wait_for(client.send(Generate(prompt="x")), Progress, 2)
+        begun = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - begun < 5.0
+
+
+def test_full_disk(root: Path) -> None:
+    """The state directory on a file system of 2 MiB, mounted in a namespace of the daemon's own."""
+    daemon = Daemon(root)
+    daemon.state.mkdir()
+    mount = f"mount -t tmpfs -o size=2m,mode=700 none {daemon.state}"
+    daemon.prefix = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*daemon.prefix, "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    daemon.start()
+    try:
+        client = daemon.ready()
+        tokens = list(range(60_000))
+        request = Generate(tokens=tokens, session="s")
+        replies = [client.ask(request) for _ in range(12)]
+        kept = [reply for reply in replies if isinstance(reply, Done)]
+        assert 0 < len(kept) < 12
+        assert all(is_error(reply, "DISK_FULL") for reply in replies[len(kept) :])
+        info = client.ask(SessionShow("s")).info
+        assert (info.turns, info.tokens) == (len(kept), len(kept) * 60_004)
+        assert isinstance(client.generate(), Done)
+        assert isinstance(client.ask(SessionTruncate("s", turns=0)), SessionReply)
+        assert isinstance(client.ask(request), Done)
+    finally:
+        daemon.kill()
+
+
+def test_owners_do_not_see_each_other(daemon: Daemon, root: Path) -> None:
+    """The uid of the peer is the owner: the same names and request ids belong to somebody else."""
+    if os.getuid():
+        pytest.skip("needs root, to become another user")
+    client = daemon.ready()
+    client.send(Generate(prompt="mine", session="s"), "rid")
+    mine = client.replies("rid")[-1]
+    for path in (root, daemon.socket.parent):
+        path.chmod(0o755)
+    for path in (daemon.socket, Path(f"{daemon.socket}.ctl")):
+        path.chmod(0o666)
+    parent, child = socket.socketpair()
+    if (pid := os.fork()) == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+        other = Client(daemon, context=zmq.Context())
+        sessions = other.ask(SessionList()).sessions
+        known = other.pong(Ping(), "rid").known
+        other.send(Generate(prompt="theirs", session="s"), "rid")
+        theirs = other.replies("rid")[-1]
+        child.sendall(repr((len(sessions), known, theirs.tokens)).encode())
+        os._exit(0)
+    parent.settimeout(20)
+    found = ast.literal_eval(parent.recv(4096).decode())
+    os.waitpid(pid, 0)
+    assert found == (0, False, expected(prompt_tokens("theirs"), 4))
+    assert client.ask(SessionShow("s")).info.tokens == len("mine") + 4
+    client.send(Generate(prompt="mine", session="s"), "rid")
+    assert client.replies("rid")[-1] == mine

@@ -55,7 +55,8 @@ def do(log: Log, work: Callable[[Sessions], Any], limit: float = 20.0) -> Any:
 def turn(rid: str, start: int, prompt: list[int], made: list[int], **rest: Any) -> TurnRecord:
     return TurnRecord(
         rid=rid, digest=b"d", start=start,
-        prompt_ids=array("I", prompt).tobytes(), generated_ids=array("I", made).tobytes(), finish_reason="length", created=1.0, prompt_text=f"p{rid}", text=f"t{rid}", sampling=Sampling(seed=3),
+        prompt_ids=array("I", prompt).tobytes(), generated_ids=array("I", made).tobytes(), finish_reason="length",
+        created=1.0, prompt_text=f"p{rid}", text=f"t{rid}", sampling=Sampling(seed=3),
         usage=Usage(1, 2, 3, 4, 5), timings=Timings(1.0, 2.0), seed=3, **rest,
     )  # fmt: skip
 

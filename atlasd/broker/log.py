@@ -7,6 +7,7 @@ for the disk, work on one session happens in the order it was given, and a resul
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -52,6 +53,7 @@ class Log:
     def __init__(self, directory: Path, map_bytes: int = FIRST_MAP_BYTES) -> None:
         self.directory = directory
         self.map_bytes = map_bytes
+        self._broken = False
         self.sessions = 0  # how many there are; set by the thread after each commit
         self._open()
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -119,7 +121,12 @@ class Log:
         while (job := self._jobs.get()) is not None:
             batch = [job]
             stop = self._gather(batch)
-            self._settle(batch)
+            try:
+                self._settle(batch)
+            except Exception as error:  # whatever it is, each job gets an answer and the thread goes on
+                logger.exception("unexpected error in the session log")
+                for job in batch:
+                    job.result, job.error = None, ErrorReply(ErrorCode.INTERNAL, f"the session log failed: {error}")
             for job in batch:
                 self._finished.put(job)
             os.eventfd_write(self.fd, 1)
@@ -145,10 +152,20 @@ class Log:
         if failure is None:
             return
         logger.error("commit failed: %s", failure.message)
+        if failure.code is ErrorCode.DISK_FULL:
+            self._turn_over()
         for job in batch:
-            alone = self._commit([job]) if len(batch) > 1 else failure
+            alone = self._commit([job])
             if alone is not None:
                 job.result, job.error = None, alone
+
+    def _turn_over(self) -> None:
+        """Two commits of one small record. LMDB uses pages again that were freed two commits ago, so room made just
+        before (a session cut or deleted) counts only after these."""
+        with contextlib.suppress(lmdb.Error, OSError):
+            for count in (b"1", b"2"):
+                with self.env.begin(write=True) as txn:
+                    txn.put(b"turnover", count, db=self.databases["meta"])
 
     def _commit(self, batch: list[_Job]) -> ErrorReply | None:
         while True:
@@ -185,11 +202,12 @@ class Log:
         logger.info("session log grown to %d MiB", self.map_bytes >> 20)
 
     def _recover(self, error: Exception) -> None:
-        """After a failed write of a meta page LMDB refuses every further transaction: open anew."""
-        if not isinstance(error, lmdb.PanicError):
-            return
-        self.env.close()
-        self._open()
+        """After a failed write of a meta page LMDB refuses every further transaction: open anew, now or at the next."""
+        self._broken = self._broken or isinstance(error, lmdb.PanicError)
+        if self._broken:
+            self.env.close()
+            self._open()
+            self._broken = False
 
 
 def _failure(error: Exception, directory: Path) -> ErrorReply:

@@ -3,7 +3,7 @@
 Layout, version 1 (an LMDB 0.9 environment with these named databases; every value but `meta` ends with the
 CRC-32 of what precedes it, little endian):
 
-    meta      "version"                      -> "1"
+    meta      "version"                      -> "1"; "turnover" means nothing
     names     owner NUL name                 -> session id (16 hex characters)
     sessions  session id                     -> SessionRecord as msgpack
     turns     session id, turn index (BE32)  -> TurnRecord as msgpack
@@ -19,6 +19,7 @@ A `Sessions` object works on one LMDB transaction, which the log's thread commit
 
 from __future__ import annotations
 
+import logging
 import os
 import unicodedata
 import zlib
@@ -29,6 +30,7 @@ import msgspec
 from atlas_client.errors import ErrorCode, ErrorReply
 from atlas_client.protocol import Done, Sampling, SessionInfo, Timings, TurnInfo, Usage
 
+log = logging.getLogger("atlasd.log")
 VERSION = b"1"
 DATABASES = ("meta", "names", "sessions", "turns", "rids")
 TRUNCATED = "truncated"  # finish_reason of a turn that was cut
@@ -171,10 +173,14 @@ class Sessions:
         return record
 
     def owned(self, owner: str) -> list[SessionRecord]:
-        """The owner's sessions, last used first."""
-        prefix = _owned(owner, "")
-        ids = [_open(value, "a session's name").decode() for _, value in self._scan("names", prefix)]
-        return sorted(map(self._record, ids), key=lambda record: -record.updated)
+        """The owner's sessions, last used first. A damaged one is left out and logged, not to hide the others."""
+        records = []
+        for _, value in self._scan("names", _owned(owner, "")):
+            try:
+                records.append(self._record(_open(value, "a session's name").decode()))
+            except ErrorReply as error:
+                log.error("%s", error.message)
+        return sorted(records, key=lambda record: -record.updated)
 
     def turns(self, record: SessionRecord) -> list[TurnRecord]:
         """All turns in order."""

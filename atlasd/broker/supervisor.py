@@ -104,6 +104,7 @@ class _Engine:
         self.pidfd = os.pidfd_open(self.process.pid)
         self.stopping = 0.0  # when the next, harder way of stopping is due; 0: it is not to stop
         self.pressed = False  # SIGTERM was sent
+        self.loaded = False  # it has been ready, so there may be pages to write before it goes
         self.cause = ""  # why it was killed
         if self.process.stdin:
             with contextlib.suppress(BrokenPipeError):  # its death is noticed by the pidfd
@@ -282,6 +283,8 @@ class Supervisor:
         if isinstance(message, State):
             if self._engine and message.state == "failed":
                 self._engine.stopping = time.monotonic() + TERM_S  # it exits by itself, or is made to
+            elif self._engine and message.state == "ready":
+                self._engine.loaded = True
             if not self.stopping or message.state == "failed":
                 self._set(message)
         else:
@@ -299,7 +302,7 @@ class Supervisor:
 
     def _begin_stop(self) -> None:
         if self._engine and not self._engine.stopping:
-            self._engine.stopping = time.monotonic() + FLUSH_S
+            self._engine.stopping = time.monotonic() + (FLUSH_S if self._engine.loaded else 0.0)
             with contextlib.suppress(zmq.ZMQError):
                 self._engine.work.send(_encode(Shutdown()), zmq.NOBLOCK)
 
