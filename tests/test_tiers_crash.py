@@ -1,11 +1,10 @@
-"""SIGKILL of a writing process at random moments: what it reported durable is there, and nothing that is found is wrong."""
+"""SIGKILL of a writing process at random moments: what it reported durable is there, and nothing found is wrong."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ from tiers_support import disk_config, opened, settled, some_tokens, store, writ
 KILLS = 15
 SESSIONS = 6
 TINY_CAP_PAGES = 20
+CONTEXT = multiprocessing.get_context("forkserver")  # torch is imported once, in a process without threads
+CONTEXT.set_forkserver_preload(["atlas_tiers.store"])
 
 
 def script(session: int) -> list[int]:
@@ -23,12 +24,12 @@ def script(session: int) -> list[int]:
     return some_tokens(4000, seed=session)
 
 
-def child(path: Path, start: str, pages: int, seed: int) -> None:
-    """Goes on with the sessions, from the lengths in `start`, printing each durable turn, until it is killed."""
-    lengths = [int(length) for length in start.split(",")]
+def work(report: str, path: Path, lengths: list[int], pages: int, seed: int) -> None:
+    """Goes on with the sessions, writing a line for each durable turn to the pipe `report`, until it is killed."""
+    pipe = os.open(report, os.O_WRONLY)
     tiered = store(path, blocks=200, disk=disk_config(path, pages=pages))
     rng = random.Random(seed)
-    print("ready", flush=True)
+    os.write(pipe, b"ready\n")
     while True:
         session = rng.randrange(SESSIONS)
         tokens = script(session)[: lengths[session] + rng.randrange(1, 100)]
@@ -37,23 +38,26 @@ def child(path: Path, start: str, pages: int, seed: int) -> None:
         ticket = sequence.persist()
         sequence.release()
         if settled(tiered, ticket).durable:
-            print(f"durable {session} {len(tokens)}", flush=True)
+            os.write(pipe, b"%d %d\n" % (session, len(tokens)))
         lengths[session] = len(tokens) if len(tokens) < 3800 else 0
 
 
 def run_and_kill(path: Path, lengths: list[int], pages: int, rng: random.Random) -> Iterator[tuple[int, int]]:
     """(session, tokens) of every turn that was reported durable before the kill."""
-    arguments = [str(path), ",".join(map(str, lengths)), str(pages), str(rng.randrange(10**9))]
-    with subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.0, 0.25))
-        process.send_signal(signal.SIGKILL)
-        reported = process.stdout.read()
-    for line in reported.splitlines(keepends=True):
-        if line.endswith("\n"):
-            _, session, tokens = line.split()
+    report = path.with_suffix(".pipe")
+    report.unlink(missing_ok=True)
+    os.mkfifo(report)
+    arguments = (str(report), path, lengths, pages, rng.randrange(10**9))
+    process = CONTEXT.Process(target=work, args=arguments)
+    process.start()
+    with report.open() as lines:
+        assert lines.readline() == "ready\n"
+        time.sleep(rng.uniform(0.0, 0.25))  # the moment of the kill, not a wait for something
+        process.kill()
+        for line in lines:
+            session, tokens = line.split()
             yield int(session), int(tokens)
+    process.join()
 
 
 @pytest.mark.parametrize("pages", [20_000, TINY_CAP_PAGES])
@@ -63,10 +67,10 @@ def test_killed_while_writing(tmp_path: Path, pages: int) -> None:
     lengths = [0] * SESSIONS
     reported = 0
     for _ in range(KILLS if pages > TINY_CAP_PAGES else KILLS // 2):
-        for session, tokens in run_and_kill(tmp_path, lengths, pages, rng):
+        for session, tokens in run_and_kill(tmp_path / "kv", lengths, pages, rng):
             lengths[session] = tokens
             reported += 1
-        tiered = store(tmp_path, blocks=200, disk=disk_config(tmp_path, pages=pages))
+        tiered = store(tmp_path / "kv", blocks=200, disk=disk_config(tmp_path / "kv", pages=pages))
         for session, length in enumerate(lengths):
             sequence = opened(tiered, script(session)[: length + 1])  # compares every restored value
             if pages > TINY_CAP_PAGES:
@@ -77,7 +81,3 @@ def test_killed_while_writing(tmp_path: Path, pages: int) -> None:
         tiered.check()
         tiered.close()
     assert reported > KILLS
-
-
-if __name__ == "__main__":
-    child(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

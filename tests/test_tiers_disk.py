@@ -92,7 +92,9 @@ def test_a_second_engine_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_dying_predecessor_is_waited_for(tmp_path: Path) -> None:
-    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(1, flush=True); time.sleep(0.5)"
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(1, flush=True); time.sleep(0.5)"
+    )
     (tmp_path / "kv").mkdir()
     command = [sys.executable, "-c", code, str(tmp_path / "kv" / "lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
@@ -381,7 +383,9 @@ def test_the_index_grows_past_its_map(tmp_path: Path) -> None:
     with tier(tmp_path / "kv", pages=3000) as opened:
         for start in range(0, 1500, 250):
             numbers = range(start, start + 250)
-            done = opened.store([(page(n), lambda into, n=n: into.__setitem__(slice(None), payload(n))) for n in numbers])
+            done = opened.store(
+                [(page(n), lambda into, n=n: into.__setitem__(slice(None), payload(n))) for n in numbers]
+            )
             assert all(done)
     with tier(tmp_path / "kv", pages=3000) as again:
         assert len(survivors(again, range(1500))) == 1500

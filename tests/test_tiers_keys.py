@@ -86,7 +86,14 @@ def test_packing() -> None:
 
 @pytest.mark.parametrize(
     ("left", "right", "common"),
-    [([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2], 2), ([1, 2, 3], [1, 9, 3], 1), ([256], [0], 0)],
+    [
+        ([], [], 0),
+        ([1], [], 0),
+        ([1, 2], [1, 2], 2),
+        ([1, 2, 3], [1, 2], 2),
+        ([1, 2, 3], [1, 9, 3], 1),
+        ([256], [0], 0),
+    ],
 )
 def test_common_tokens(left: list[int], right: list[int], common: int) -> None:
     assert common_tokens(pack(left), pack(right)) == common

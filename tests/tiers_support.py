@@ -1,4 +1,4 @@
-"""Pages whose bytes follow from their tokens, so that a test can tell what must be in a block without the code under test."""
+"""Pages whose bytes follow from their tokens: a test can tell what must be in a block without the code under test."""
 
 from __future__ import annotations
 
@@ -41,15 +41,8 @@ def store(path: Path | None, *, blocks: int = 32, host_pages: int = 0, **options
     return TieredStore(layout, identity, device_blocks=blocks, host_bytes=host, disk=disk)  # type: ignore[arg-type]
 
 
-def value_at(tokens: Sequence[int], position: int, owner: str, identity: bytes = IDENTITY) -> float:
-    """What every K and V element at `position` must be: a function of the owner, the model and all tokens up to there."""
-    ids = b"".join(token.to_bytes(4, "little") for token in tokens[: position + 1])
-    seed = hashlib.blake2b(identity + b"|" + owner.encode() + b"|" + ids, digest_size=3).digest()
-    return float(int.from_bytes(seed, "little"))
-
-
 def values(tokens: Sequence[int], owner: str, identity: bytes = IDENTITY) -> list[float]:
-    """value_at() for every position, in one pass over the tokens."""
+    """What K and V must be at each position: a function of the owner, the model and all tokens up to there."""
     state = hashlib.blake2b(identity + b"|" + owner.encode() + b"|", digest_size=3)
     result = []
     for token in tokens:

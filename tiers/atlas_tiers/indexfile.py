@@ -60,9 +60,9 @@ class IndexFile:
         try:
             self._open()
             self._begin_format(fresh)
-        except (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError, lmdb.ReadonlyError) as error:
-            raise IndexDamaged(f"{directory}: {error}") from None
         except lmdb.Error as error:
+            if getattr(error, "code", 0) < 0:  # LMDB's own codes; the system's are positive
+                raise IndexDamaged(f"{directory}: {error}") from None
             raise _os_error(error) from None
 
     def _open(self) -> None:

@@ -17,7 +17,17 @@ from pathlib import Path
 from .errors import IndexDamaged, StoreLocked
 from .index import Entry
 from .indexfile import Changes, Contents, IndexFile
-from .segment import SECTOR, Place, Segment, SlotDamaged, decode_header, read_shape, segment_bytes, segment_path
+from .segment import (
+    SECTOR,
+    Place,
+    Segment,
+    SlotDamaged,
+    decode_header,
+    read_shape,
+    segment_bytes,
+    segment_path,
+    sync_directory,
+)
 
 
 @dataclasses.dataclass
@@ -63,6 +73,8 @@ def recover(directory: Path) -> Recovered:
     if lost:
         notes.append(f"{len(lost)} pages lost with missing or shortened segment files")
     _remove_strays(directory, segments)
+    for name in (directory / "index", directory, directory.parent):  # LMDB syncs its file, not the file's name
+        sync_directory(name)
     return Recovered(index, segments, entries, len(lost) + bad, notes)
 
 

@@ -1,8 +1,8 @@
 """All tiers behind one handle: what the engine's main loop calls. Engine thread only; the mover's threads do the I/O.
 
 A page leaves the device pool when no one references it and its block is wanted; it goes to the host tier if there is
-one. Durable sequences' pages are also written to disk behind the engine as they fill. When that queue is full a page is left
-out, and persist(), which asks the disk what it lacks, writes it later.
+one. Durable sequences' pages are also written to disk behind the engine as they fill. When that queue is full a page is
+left out, and persist(), which asks the disk what it lacks, writes it later.
 """
 
 from __future__ import annotations
