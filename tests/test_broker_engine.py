@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 from atlas_client.protocol import (
     Cancel,
     Done,
@@ -246,3 +247,21 @@ def test_pulse() -> None:
     assert "no step" in pulse.problem(14.5)
     pulse.take(Beat(steps=6, running=1, waiting=0, rss_bytes=1), 15.0)
     assert not pulse.problem(15.5)
+
+
+def test_the_engine_of_a_killed_broker_cannot_take_the_place_of_the_new_one(daemon: Daemon) -> None:
+    """Its sockets go on connecting to the names they know."""
+    daemon.ready().close()
+    names = [path for path in Path(f"{daemon.socket}.d").iterdir() if path.is_socket()]
+    assert len(names) == 2
+    daemon.kill()
+    ghosts = [zmq.Context.instance().socket(zmq.PAIR) for _ in names]
+    for ghost, name in zip(ghosts, names, strict=True):
+        ghost.set(zmq.RECONNECT_IVL, 1)
+        ghost.connect(f"ipc://{name}")
+    try:
+        daemon.start()
+        assert isinstance(daemon.ready().generate(), Done)
+    finally:
+        for ghost in ghosts:
+            ghost.close(0)

@@ -151,7 +151,6 @@ class Supervisor:
         self.on_state: Callable[[State], None] = lambda state: None
         self.on_death: Callable[[str], None] = lambda reason: None
         self._engine: _Engine | None = None
-        self._count = 0
         self._start_at: float | None = None  # a start that is due then
 
     # --- what others ask ---------------------------------------------------------------------------------
@@ -257,8 +256,10 @@ class Supervisor:
 
     def _start(self, now: float) -> None:
         self._start_at = None
-        self._count += 1
-        work, control = (f"ipc://{self.run_dir}/{self._count}{kind}" for kind in "wc")
+        # Names nobody has seen: the engine of a broker that was killed goes on trying to reach its own for a moment,
+        # and a PAIR socket serves whoever comes first.
+        token = os.urandom(3).hex()
+        work, control = (f"ipc://{self.run_dir}/{token}{kind}" for kind in "wc")
         spec = EngineSpec(
             work_endpoint=work, control_endpoint=control, state_dir=self.config.state_dir, model=self.model,
             revision=self.revision, config=msgspec.to_builtins(self.config),
