@@ -287,6 +287,52 @@ def test_full_disk(root: Path) -> None:
     assert "served on" in ended.stdout
 
 
+@pytest.mark.parametrize("fault", ["fdatasync:error=EIO:when=9+7", "pwrite64:error=EIO:when=25+9"])
+def test_write_errors(root: Path, fault: str) -> None:
+    """Data pages, meta pages and syncs that fail every now and then: what was reported stored is, and nothing else."""
+    script = root / "faults.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        sys.path.insert(0, sys.argv[2])
+        from pathlib import Path
+        from test_sessions_log import Log, add, ids, ErrorReply
+        log = Log(Path(sys.argv[1]) / "s")
+        kept = []
+        for number in range(40):
+            try:
+                add(log, "a", f"r{number}", [number], [number])
+                kept += [number, number]
+            except ErrorReply as error:
+                print(error.code)
+            assert ids(log, "a") == kept
+        log.close()
+        log = Log(Path(sys.argv[1]) / "s")
+        assert ids(log, "a") == kept
+        log.close()
+        print("kept", len(kept))
+        """)
+    )
+    inject = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        str(root / "trace"),
+        "-e",
+        "trace=fdatasync,pwrite64",
+        "-e",
+        f"inject={fault}",
+    ]
+    if not shutil.which("strace") or subprocess.run([*inject, "true"], capture_output=True).returncode:
+        pytest.skip("strace cannot inject faults here")
+    run = [*inject, sys.executable, str(script), str(root), str(Path(__file__).parent)]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "INJECTED" in (root / "trace").read_text()
+    assert "kept" in ended.stdout
+
+
 def test_archives() -> None:
     record = SessionRecord(id="0" * 16, owner="1", name="a", created=1.0, updated=1.0, tokens=3, turns=1)
     data = archive.pack(record, [turn("r", 0, [1, 2], [3])])

@@ -53,7 +53,7 @@ class Log:
     def __init__(self, directory: Path, map_bytes: int = FIRST_MAP_BYTES) -> None:
         self.directory = directory
         self.map_bytes = map_bytes
-        self._broken = False
+        self._closed = False  # opening it anew has failed
         self.sessions = 0  # how many there are; set by the thread after each commit
         self._open()
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -169,6 +169,8 @@ class Log:
 
     def _commit(self, batch: list[_Job]) -> ErrorReply | None:
         while True:
+            if self._closed:
+                self._reopen()
             try:
                 with self.env.begin(write=True) as txn:
                     for job in batch:
@@ -178,8 +180,9 @@ class Log:
                 return None
             except lmdb.MapFullError:
                 self._grow()
+            except lmdb.PanicError:
+                self._reopen()
             except (lmdb.Error, OSError) as error:
-                self._recover(error)
                 return _failure(error, self.directory)
 
     def _attempt(self, parent: Any, job: _Job) -> None:
@@ -201,13 +204,13 @@ class Log:
         self.env.set_mapsize(self.map_bytes)
         logger.info("session log grown to %d MiB", self.map_bytes >> 20)
 
-    def _recover(self, error: Exception) -> None:
-        """After a failed write of a meta page LMDB refuses every further transaction: open anew, now or at the next."""
-        self._broken = self._broken or isinstance(error, lmdb.PanicError)
-        if self._broken:
-            self.env.close()
-            self._open()
-            self._broken = False
+    def _reopen(self) -> None:
+        """After a failed write of a meta page LMDB refuses every further transaction until it is opened anew."""
+        logger.warning("opening the session log anew")
+        self._closed = True
+        self.env.close()
+        self._open()
+        self._closed = False
 
 
 def _failure(error: Exception, directory: Path) -> ErrorReply:
