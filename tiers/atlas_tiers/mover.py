@@ -21,6 +21,7 @@ from .errors import PageDamaged
 from .index import Entry
 from .keys import PageId
 
+READ_BATCH = 4  # pages a reader reports together: each report wakes the engine's thread
 BATCH_BYTES = 32 << 20  # pages that share one fdatasync and one commit
 
 
@@ -70,6 +71,7 @@ class Mover:
         self._writing = 0  # jobs taken from _writes, not yet settled
         self._wake = threading.Condition()
         self._closing = False
+        self._readers = readers
         self._threads = [threading.Thread(target=self._read_loop, name=f"kv-read-{n}") for n in range(readers)]
         if disk is not None:
             self._threads.append(threading.Thread(target=self._write_loop, name="kv-write"))
@@ -110,13 +112,15 @@ class Mover:
                 self._wake.wait_for(lambda: self._reads or self._closing)
                 if not self._reads:
                     return
-                job = self._reads.popleft()
-            try:
-                self._read(job)
-            except Exception as error:  # a lost job would leave its sequence waiting for ever
-                job.ok, job.reason = False, f"restore failed ({error})"
-                self._counters.warn(job.reason)
-            self._finish([job])
+                share = -(-len(self._reads) // self._readers)
+                jobs = [self._reads.popleft() for _ in range(min(READ_BATCH, share))]
+            for job in jobs:
+                try:
+                    self._read(job)
+                except Exception as error:  # a lost job would leave its sequence waiting for ever
+                    job.ok, job.reason = False, f"restore failed ({error})"
+                    self._counters.warn(job.reason)
+            self._finish(jobs)
 
     def _read(self, job: ReadJob) -> None:
         try:
