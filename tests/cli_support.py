@@ -30,13 +30,18 @@ def atlasctl(
 
 def answer(*arguments: str, socket: Path, stdin: bytes | None = None) -> Any:
     """The JSON object a command prints; fails unless it exits with 0."""
-    ended = atlasctl(*arguments, "--json", socket=socket, stdin=stdin)
+    ended = atlasctl("--json", *arguments, socket=socket, stdin=stdin)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return json.loads(ended.stdout)
 
 
 def _environment(socket: Path, home: Path | None) -> dict[str, str]:
-    return {**os.environ, "ATLAS_SOCKET": str(socket), "ATLAS_HOME": str(home or socket.parent / "home"), "TERM": "xterm"}
+    return {
+        **os.environ,
+        "ATLAS_SOCKET": str(socket),
+        "ATLAS_HOME": str(home or socket.parent / "home"),
+        "TERM": "xterm",
+    }
 
 
 class Terminal:
@@ -50,6 +55,16 @@ class Terminal:
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
+
+    def interrupt(self, pattern: str) -> None:
+        """Ctrl-C at the prompt, then waits. Between its check for signals and its wait for a key, Python's readline
+        would leave a signal for the next key: a space is that key."""
+        self.type("\x03")
+        try:
+            self.wait(pattern, 3.0)
+        except AssertionError:
+            self.type(" ")
+            self.wait(pattern)
 
     def wait(self, pattern: str, limit: float = LIMIT_S) -> str:
         """Returns everything up to the pattern's end, and forgets it. Fails with what was seen."""

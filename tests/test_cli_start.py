@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_support import atlasctl
+from cli_support import Terminal, atlasctl
 from client_support import ScriptedBroker, done
 
 HEAVY = ("torch", "transformers", "numpy")
 COMMANDS = [
-    ("generate", "x"), ("chat", "-s", "a"), ("session", "list"), ("session", "open", "a"), ("session", "append", "a", "x"),
+    ("generate", "x"), ("chat", "-s", "a"), ("session", "list"), ("session", "open", "a"),
+    ("session", "append", "a", "x"),
     ("session", "fork", "a", "b"), ("session", "truncate", "a", "--turns", "1"), ("session", "show", "a"),
     ("session", "rename", "a", "b"), ("session", "checkpoint", "a"), ("session", "export", "a", "-o", "f"),
     ("session", "import", "a", "-"), ("session", "delete", "a"), ("model", "list"), ("model", "load", "demo"),
@@ -41,7 +42,9 @@ def test_help_loads_nothing_heavy() -> None:
     loaded = _modules(run.format("['--help']"))
     assert "click" in loaded
     assert not loaded & {*HEAVY, "zmq", "msgspec", "rich"}
-    every = "\n".join(run.format(f"{[command, '--help']}") for command in ("generate", "chat", "session", "doctor", "up"))
+    every = "\n".join(
+        run.format(f"{[command, '--help']}") for command in ("generate", "chat", "session", "doctor", "up")
+    )
     assert not _modules(every) & {*HEAVY, "zmq", "msgspec", "rich"}
 
 
@@ -121,8 +124,6 @@ def test_text_that_is_not_utf8_is_refused(root: Path) -> None:
 
 
 def test_a_terminal_without_a_prompt_is_a_usage_error(root: Path) -> None:
-    from cli_support import Terminal
-
     terminal = Terminal("generate", socket=root / "s")
     terminal.wait("no prompt")
     assert terminal.end() == 2

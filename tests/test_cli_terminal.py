@@ -11,8 +11,23 @@ from typing import Any
 
 import pytest
 from atlas_client.protocol import (
-    Accepted, Cancel, ChatMessage, Done, Error, Generate, Ok, Progress, SessionDetail, SessionFork, SessionInfo,
-    SessionOpen, SessionReply, SessionShow, SessionTruncate, Timings, Usage,
+    Accepted,
+    Cancel,
+    ChatMessage,
+    Done,
+    Error,
+    Generate,
+    Ok,
+    Progress,
+    SessionDetail,
+    SessionFork,
+    SessionInfo,
+    SessionOpen,
+    SessionReply,
+    SessionShow,
+    SessionTruncate,
+    Timings,
+    Usage,
 )  # fmt: skip
 from cli_support import Terminal, atlasctl, started
 from client_support import ScriptedBroker, Send, done, tokens
@@ -82,7 +97,7 @@ def fake(root: Path) -> Iterator[Daemon]:
 
 
 def test_what_is_sent_is_exactly_what_was_given(root: Path, fake: Daemon) -> None:
-    (root / "file").write_bytes("Zeile\r\n\n".encode())
+    (root / "file").write_bytes(b"Zeile\r\n\n")
     name = str(root / "file")
     for arguments, stdin, sent in (
         (("text",), b"", "text"),
@@ -206,10 +221,10 @@ def test_a_chat_at_the_terminal(root: Path, fake: Daemon) -> None:
         terminal.type(line + "\n")
         terminal.wait(said.replace("(", "\\("))
         terminal.wait("> ")
-    terminal.type("half a line\x03")
-    terminal.wait("Ctrl-C again")
-    terminal.wait("> ")
-    terminal.type("\x03")
+    terminal.type("half a line")
+    terminal.wait("half a line")
+    terminal.interrupt("Ctrl-C again[^>]*> ")
+    terminal.interrupt("left")
     assert terminal.end() == 0
     assert "hello" in (root / "home" / "chat_history").read_text()
     assert fake.broker.seen(Cancel)

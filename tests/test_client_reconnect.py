@@ -17,10 +17,23 @@ import msgspec
 import pytest
 from atlas_client import AsyncClient, Client, DaemonUnavailable, ErrorCode, ErrorReply
 from atlas_client.protocol import (
-    Accepted, Attach, Cancel, Credit, Done, Error, Generate, Hello, Progress, SessionFork, SessionInfo, SessionReply,
-    SessionsReply, Status, Tokens, Welcome,
+    Accepted,
+    Attach,
+    Cancel,
+    Credit,
+    Done,
+    Error,
+    Generate,
+    Hello,
+    Progress,
+    SessionFork,
+    SessionInfo,
+    SessionReply,
+    SessionsReply,
+    Status,
+    Tokens,
+    Welcome,
 )  # fmt: skip
-
 from client_support import ScriptedBroker, Send, done, tokens
 
 QUICK = {"timeout": 0.6, "reconnect": 8.0, "heartbeat": 0.1}
@@ -312,7 +325,7 @@ def test_a_request_over_the_limit_is_refused_before_it_is_sent(root: Path) -> No
             send(done([], ""))
 
     with ScriptedBroker(root / "s", script) as broker, Client(root / "s") as client:
-        with pytest.raises(ErrorReply, match="3.0 MiB") as caught:
+        with pytest.raises(ErrorReply, match=r"3\.0 MiB") as caught:
             client.generate("x" * 3 * 2**20)
         assert caught.value.code is ErrorCode.INVALID_PARAMETER
         assert client.generate("x" * (2**20 + 2**19)).text == ""

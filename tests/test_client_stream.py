@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -10,7 +11,6 @@ from atlas_client.errors import DaemonUnavailable, ErrorCode, ErrorReply
 from atlas_client.link import Health, Limits, Link
 from atlas_client.protocol import Attach, Error, Generate, Header, Ping, Pong, SessionFork, Status, Tokens
 from atlas_client.stream import Stream
-
 from client_support import done
 
 TEXT = "Über alles wächst Gras, 東京 too."
@@ -19,7 +19,7 @@ IDS = list(range(100, 100 + len(TEXT)))  # one id a character
 
 def _events(cuts: list[int]) -> list[Tokens]:
     edges = [0, *cuts, len(TEXT)]
-    return [Tokens(a, IDS[a:b], TEXT[a:b]) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [Tokens(a, IDS[a:b], TEXT[a:b]) for a, b in itertools.pairwise(edges) if a < b]
 
 
 def _delivered(stream: Stream) -> tuple[list[int], str]:

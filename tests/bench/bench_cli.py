@@ -1,4 +1,4 @@
-"""How long `atlasctl --help` and `atlasctl --version` take, as processes; against a bare interpreter in the same run."""
+"""How long `atlasctl --help` and `--version` take as processes, against a bare interpreter in the same run."""
 
 from __future__ import annotations
 

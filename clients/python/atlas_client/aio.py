@@ -78,6 +78,11 @@ class AsyncGeneration(AsyncIterator[Event]):
         return self._stream.finished
 
     @property
+    def complete(self) -> bool:
+        """Whether it ended with Done, not with an error."""
+        return self._stream.reply is not None
+
+    @property
     def received(self) -> str:
         """The text of the events read so far."""
         return "".join(self._text)

@@ -85,6 +85,11 @@ class Generation(Iterator[Event]):
         return self._stream.finished
 
     @property
+    def complete(self) -> bool:
+        """Whether it ended with Done, not with an error."""
+        return self._stream.reply is not None
+
+    @property
     def received(self) -> str:
         """The text of the events read so far."""
         return "".join(self._text)
@@ -229,7 +234,7 @@ class Client:
         return self._call(hello(), Welcome)
 
     def close(self) -> None:
-        """Closes every thread's sockets. Requests that were not detached are cancelled by the daemon."""
+        """Closes every thread's sockets; no thread may be using them. The daemon cancels requests without `detach`."""
         for connection in list(self._connections):
             connection.close()
         self._context.term()

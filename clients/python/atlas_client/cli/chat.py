@@ -92,6 +92,7 @@ class Chat:
                 return
             except KeyboardInterrupt:
                 if self._interrupted:
+                    self._note("\nleft")
                     return
                 self._interrupted = True
                 self._note("\nCtrl-C again or Ctrl-D leaves")
@@ -123,7 +124,7 @@ class Chat:
         try:
             done = follow(generation, (lambda piece: None) if app().json else self._out.write)
         except KeyboardInterrupt:
-            self._note("\nstopped; the turn was not kept")
+            self._note("\nstopped; the turn was " + ("kept: it was complete" if generation.complete else "not kept"))
             return
         self._system = None
         self._after(done)
