@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -191,28 +192,28 @@ def test_an_appended_session_answers_like_one_prompt(client: Client) -> None:
 
 
 def test_many_requests_in_little_memory_give_way_and_all_finish(daemon: Daemon) -> None:
-    """A pool of 42 pages (2,688 tokens) for 6 requests that grow to about 900 each."""
-    daemon.flags[daemon.flags.index("--kv-ram-gb") + 1] = "0.0155"
+    """A pool of 12 pages (768 tokens) for 4 requests that grow to 350 tokens each."""
+    daemon.flags[daemon.flags.index("--kv-ram-gb") + 1] = "0.0045"
     daemon.start()
     with Client(daemon.socket) as client:
-        prompts = [[(n * 31 + i * 7) % 4000 + 7 for i in range(400)] for n in range(6)]
+        prompts = [[(n * 31 + i * 7) % 4000 + 7 for i in range(200)] for n in range(4)]
         alone = [
-            client.generate(tokens=p, max_tokens=500, temperature=0, ignore_eos=True).result.tokens for p in prompts
+            client.generate(tokens=p, max_tokens=150, temperature=0, ignore_eos=True).result.tokens for p in prompts
         ]
         results: dict[int, list[int]] = {}
 
         def run(index: int) -> None:
-            generation = client.generate(tokens=prompts[index], max_tokens=500, temperature=0, ignore_eos=True)
+            generation = client.generate(tokens=prompts[index], max_tokens=150, temperature=0, ignore_eos=True)
             results[index] = generation.result.tokens
 
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(200)
-        assert [results[i] for i in range(6)] == alone
+        assert [results[i] for i in range(4)] == alone
         _until_idle(client)
-        _refused(ErrorCode.OUT_OF_RAM, lambda: client.generate(tokens=[9] * 4000).result)
+        _refused(ErrorCode.OUT_OF_RAM, lambda: client.generate(tokens=[9] * 800).result)
 
 
 def test_a_killed_engine_is_replaced_and_the_session_goes_on(daemon: Daemon) -> None:
@@ -233,27 +234,29 @@ def test_a_killed_engine_is_replaced_and_the_session_goes_on(daemon: Daemon) -> 
         assert _refused(ErrorCode.ENGINE_DIED, kill_at_the_first_token).retryable
         assert client.session("kept").token_ids() == tokens  # the lost turn left nothing behind
         again = client.generate("\n\n", session="kept", max_tokens=20, temperature=0).result
-        assert again.usage.restored == len(tokens) - 1
+        assert again.usage.restored >= len(tokens) - 1
         assert client.status().engine_restarts == 1
 
 
-def test_a_resumed_session_equals_an_undisturbed_one(daemon: Daemon) -> None:
-    daemon.start()
+@pytest.mark.parametrize("first_turn", [33, 0, 1])
+def test_a_resumed_session_equals_an_undisturbed_one(daemon: Daemon, first_turn: int) -> None:
+    """The daemon is killed between two turns; then the same on an empty state without a kill."""
 
-    def two_turns(session: str, between: Any) -> tuple[Done, Done]:
+    def two_turns(strike: bool) -> tuple[Done, Done]:
+        daemon.start()
+        options = {"session": "s", "temperature": 0.0, "ignore_eos": True}
         with Client(daemon.socket) as client:
-            first = client.generate(CODE[:6000], session=session, max_tokens=33, temperature=0, ignore_eos=True).result
-        between()
+            first = client.generate(CODE[:6000], max_tokens=first_turn, **options).result
+        if strike:
+            daemon.kill()
+            daemon.start()
         with Client(daemon.socket) as client:
-            second = client.generate("\nimport", session=session, max_tokens=33, temperature=0, ignore_eos=True).result
+            second = client.generate("\nimport", max_tokens=33, **options).result
+        daemon.kill()
+        shutil.rmtree(daemon.state)
         return first, second
 
-    def power_switch() -> None:
-        daemon.kill()
-        daemon.start()
-
-    undisturbed = two_turns("calm", lambda: None)
-    resumed = two_turns("struck", power_switch)
+    resumed, undisturbed = two_turns(True), two_turns(False)
     assert [d.tokens for d in resumed] == [d.tokens for d in undisturbed]
     assert resumed[1].usage.restored == undisturbed[1].usage.reused > 1000
     assert resumed[1].reset_reason == ""

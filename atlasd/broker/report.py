@@ -25,7 +25,8 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 def digest(request: Any, raw: Sequence[bytes]) -> bytes:
     """Names the content of a request, however its client ordered the fields."""
-    summary = hashlib.blake2b(_encode(request), digest_size=16)
+    plain = msgspec.to_builtins(request, str_keys=True)  # maps with integer keys can't be ordered
+    summary = hashlib.blake2b(_encode(plain), digest_size=16)
     for frame in raw:
         summary.update(len(frame).to_bytes(8, "little") + frame)
     return summary.digest()

@@ -200,7 +200,14 @@ class Broker:
         except protocol.BadFrame as error:
             self._refuse(self.work, identity, error.rid or "-", _typed(error))
             return
-        key = (owner, header.rid)
+        try:
+            self._dispatch(identity, (owner, header.rid), request, raw)
+        except Exception:
+            log.exception("unexpected error rid=%s type=%s", header.rid, type(request).__name__)
+            error = ErrorReply(ErrorCode.INTERNAL, "unexpected error in the broker")
+            self._refuse(self.work, identity, header.rid, error)
+
+    def _dispatch(self, identity: bytes, key: Key, request: Any, raw: Sequence[bytes]) -> None:
         if isinstance(request, Attach):
             self._attach(identity, key, request)
         elif isinstance(request, READ_ONLY):
