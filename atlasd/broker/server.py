@@ -204,8 +204,8 @@ class Broker:
             self._dispatch(identity, (owner, header.rid), request, raw)
         except Exception:
             log.exception("unexpected error rid=%s type=%s", header.rid, type(request).__name__)
-            error = ErrorReply(ErrorCode.INTERNAL, "unexpected error in the broker")
-            self._refuse(self.work, identity, header.rid, error)
+            unexpected = ErrorReply(ErrorCode.INTERNAL, "unexpected error in the broker")
+            self._refuse(self.work, identity, header.rid, unexpected)
 
     def _dispatch(self, identity: bytes, key: Key, request: Any, raw: Sequence[bytes]) -> None:
         if isinstance(request, Attach):
