@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import shutil
 import stat
 import subprocess
@@ -364,6 +365,59 @@ def test_a_disk_that_is_full_from_the_start(small_disk: Path) -> None:
         opened._paused_until = opened._grow_after = 0.0  # as if the pause were over
         assert opened.put(page(1).header, payload(1))
         assert survivors(opened, range(2)) == {1}
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writes past `size` bytes into any file fail with EFBIG, by the kernel."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_write_errors_lose_only_that_write(tmp_path: Path) -> None:
+    """The fifth slot can't be written: what came before it is kept, what comes after it is not tried."""
+    with tier(tmp_path / "kv", segment_bytes=64 * SLOT) as opened:
+        fill(opened, range(2))
+        with file_size_limit(4096 + 4 * SLOT):
+            batch = [(page(n), lambda into, n=n: into.__setitem__(slice(None), payload(n))) for n in range(2, 8)]
+            done = opened.store(batch)
+            assert done.count(False) >= 4
+            assert opened.last_error == "File too large"
+            assert not opened.put(page(9).header, payload(9)), "tried again at once"
+            assert counts(opened)["disk_write_errors"] == 1
+        kept = {0, 1, *(n for n, stored in zip(range(2, 8), done, strict=True) if stored)}
+        assert survivors(opened, range(10)) == kept
+        opened.check()
+        opened._paused_until = 0.0  # as if the pause were over
+        fill(opened, range(10))
+        assert survivors(opened, range(10)) == set(range(10))
+    with tier(tmp_path / "kv") as again:
+        assert survivors(again, range(10)) == set(range(10))
+
+
+@pytest.mark.parametrize("erase", [False, True])
+def test_a_removal_that_the_index_refuses(tmp_path: Path, erase: bool) -> None:
+    """The page is not found any more, its slot is not used again before its record is gone."""
+    with tier(tmp_path / "kv", segment_bytes=8 * SLOT) as opened:
+        fill(opened, range(8))
+        with file_size_limit(8192):
+            if erase:
+                with pytest.raises(OSError, match="too large"):
+                    opened.drop(page(3).key, erase=True)
+            else:
+                assert opened.drop(page(3).key)
+            assert not opened.find(page(3).key)
+            opened.check()
+            assert opened.stats().open == 1
+        fill(opened, range(20, 24))
+        assert opened.stats().open == 0
+        assert survivors(opened, range(8)) == set(range(8)) - {3}
+    with tier(tmp_path / "kv") as again:
+        assert survivors(again, range(24)) == {0, 1, 2, 4, 5, 6, 7, 20, 21, 22, 23}
 
 
 def test_erased_bytes_are_gone(tmp_path: Path) -> None:

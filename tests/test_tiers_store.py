@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from atlas_tiers.base import OutOfBlocks, PageLayout
 from atlas_tiers.store import TieredStore
 from tiers_support import (
     LAYOUT,
+    PATIENCE_S,
     assert_content,
     disk_config,
     opened,
@@ -302,6 +304,29 @@ def test_damage_ends_the_prefix_there(tmp_path: Path, damaged: int) -> None:
     third = store(tmp_path)
     assert opened(third, TEXT[:600]).restored == 599
     third.close()
+
+
+def test_a_failed_read_is_not_shared(tmp_path: Path) -> None:
+    """The read has failed, the engine has not been told yet, and another sequence asks for the same pages."""
+    first = store(tmp_path)
+    turn(first, TEXT[:320])
+    first.close()
+    tiered = store(tmp_path, blocks=7)
+    for segment in tmp_path.glob("seg-*.kv"):
+        os.truncate(segment, 4096)
+    left = tiered.open(TEXT[:321], "ann", durable=True)
+    deadline = time.monotonic() + PATIENCE_S
+    while len(tiered._mover.finished) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    right = tiered.open(TEXT[:321], "ann", durable=True)
+    until_ready(tiered, left, right)
+    assert left.length == right.length == 0
+    assert left.reset_reason == "page damaged on disk: recomputing from token 0"
+    left.release()
+    right.release()
+    tiered.check()
+    tiered.close()
 
 
 def test_damage_in_the_host_tier_falls_back_to_disk(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ class Counters:
         self._warnings: list[str] = []
 
     def add(self, name: str, amount: int = 1) -> None:
+        """Raises a count."""
         with self._lock:
             self._counts[name] += amount
 
@@ -27,9 +28,11 @@ class Counters:
                 self._warnings = [*self._warnings[-self.KEEP + 1 :], text]
 
     def counts(self) -> dict[str, int]:
+        """All counts by name."""
         with self._lock:
             return dict(self._counts)
 
     def warnings(self) -> list[str]:
+        """The latest warnings, oldest first."""
         with self._lock:
             return list(self._warnings)

@@ -148,6 +148,7 @@ class IndexFile:
         return sum(file.stat().st_size for file in self.directory.iterdir())
 
     def close(self) -> None:
+        """Closes the environment."""
         self._env.close()
 
 

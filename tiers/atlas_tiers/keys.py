@@ -80,6 +80,7 @@ class PageId:
 
     @property
     def header(self) -> PageHeader:
+        """The contract's form."""
         return PageHeader(self.key, self.parent, unpack(self.packed))
 
     @property
@@ -89,6 +90,7 @@ class PageId:
 
     @property
     def is_tail(self) -> bool:
+        """Whether the page is part-filled."""
         return len(self.packed) < PACKED_BYTES
 
     @property

@@ -112,6 +112,7 @@ class Segment:
 
     @property
     def file_bytes(self) -> int:
+        """What the file takes of the cap."""
         return segment_bytes(self.slots, self.slot_bytes)
 
     def read(self, slot: int, into: memoryview) -> int:
@@ -137,6 +138,7 @@ class Segment:
         return os.fstat(self._fd).st_size
 
     def close(self) -> None:
+        """Closes the file."""
         os.close(self._fd)
 
     def _offset(self, slot: int) -> int:
@@ -149,6 +151,7 @@ def segment_bytes(slots: int, slot_bytes: int) -> int:
 
 
 def segment_path(directory: Path, number: int) -> Path:
+    """Where segment `number` lies."""
     return directory / f"seg-{number:08d}.kv"
 
 

@@ -66,7 +66,9 @@ class Sequence:
     # --- KVSequence --------------------------------------------------------------------------------
 
     def reserve(self, count: int) -> None:
-        """Makes room to append `count` tokens. Raises OutOfBlocks, changing nothing."""
+        """Makes room to append `count` tokens. Raises OutOfBlocks, changing nothing; ValueError before it is ready."""
+        if not self.ready:
+            raise ValueError("only a ready sequence can be appended to")
         needed = -(-(self.length + count) // BLOCK_TOKENS) - len(self.blocks)
         if needed > 0:
             self.blocks += self._store.take(needed)

@@ -47,9 +47,11 @@ class Space:
 
     @property
     def free_slots(self) -> int:
+        """Of all segments."""
         return sum(len(free) for free in self.free.values())
 
     def segment(self, place: Place) -> Segment:
+        """The file that a slot is in."""
         return self.segments[place.segment]
 
     def occupy(self, place: Place) -> None:
@@ -124,5 +126,6 @@ class Space:
             sync_directory(self._config.path)
 
     def close(self) -> None:
+        """Closes the files."""
         for segment in self.segments.values():
             segment.close()

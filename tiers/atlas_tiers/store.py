@@ -79,9 +79,10 @@ class TieredStore:
     def open(self, tokens: Tokens[int], owner: str, *, durable: bool) -> Sequence:
         """Begins a sequence with the longest usable prefix of tokens[:-1]; see KVStore.open. Raises OutOfBlocks."""
         root = root_key(self._identity, owner)
+        self.poll()  # not between search and placing: a fill that fails then would be taken for a page that is there
         found = longest_prefix(root, pack(tokens[:-1]), self.pool, self._tiers)
         try:
-            fresh = self.take(found.blocks_needed)
+            fresh = self.pool.take(found.blocks_needed)
         except BaseException:
             found.give_up(self.pool)
             raise
