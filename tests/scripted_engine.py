@@ -264,7 +264,10 @@ class Engine:
 
 def main() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    Engine(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineSpec)).serve()
+    spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineSpec)
+    if os.getppid() != spec.broker_pid:
+        sys.exit(0)  # the broker was killed before the line above could tie this process to it
+    Engine(spec).serve()
 
 
 if __name__ == "__main__":

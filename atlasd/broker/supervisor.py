@@ -262,7 +262,7 @@ class Supervisor:
         work, control = (f"ipc://{self.run_dir}/{token}{kind}" for kind in "wc")
         spec = EngineSpec(
             work_endpoint=work, control_endpoint=control, state_dir=self.config.state_dir, model=self.model,
-            revision=self.revision, config=msgspec.to_builtins(self.config),
+            revision=self.revision, config=msgspec.to_builtins(self.config), broker_pid=os.getpid(),
         )  # fmt: skip
         try:
             engine = _Engine(self.command, spec, self.context)

@@ -23,6 +23,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     model: str  # a directory, a hub id, or "demo"
     revision: str | None
     config: dict[str, Any]  # the daemon's Config as built-ins
+    broker_pid: int = 0  # the parent to live with: if getppid() is another after PR_SET_PDEATHSIG, it is dead already
 
 
 # --- broker to engine -------------------------------------------------------------------------------
