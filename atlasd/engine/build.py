@@ -12,6 +12,7 @@ import transformers
 from atlas_client.errors import ErrorCode, ErrorReply
 from atlas_tiers.base import BLOCK_TOKENS
 from atlas_tiers.disk import DiskConfig
+from atlas_tiers.errors import StoreLocked
 from atlas_tiers.store import TieredStore
 
 from atlasd.config import Config
@@ -58,14 +59,19 @@ def open_store(loaded: LoadedModel, config: Config) -> TieredStore:
         )
     directory = config.disk_dir
     disk = DiskConfig(path=directory, cap_bytes=int(GIB * config.kv_disk_gb)) if directory else None
-    return TieredStore(
-        loaded.layout,
-        bytes.fromhex(loaded.identity),
-        device_blocks=blocks,
-        host_bytes=host_bytes,
-        disk=disk,
-        device=str(loaded.device),
-    )
+    try:
+        return TieredStore(
+            loaded.layout,
+            bytes.fromhex(loaded.identity),
+            device_blocks=blocks,
+            host_bytes=host_bytes,
+            disk=disk,
+            device=str(loaded.device),
+        )
+    except StoreLocked as error:
+        raise ErrorReply(
+            ErrorCode.INVALID_PARAMETER, str(error), "give every daemon a --kv-disk-path of its own"
+        ) from None
 
 
 def _free_vram(loaded: LoadedModel) -> int:

@@ -147,10 +147,14 @@ class Worker:
         return ErrorCode.OUT_OF_RAM if self.loaded.device.type == "cpu" else ErrorCode.OUT_OF_VRAM
 
     def persist(self, message: Persist, tokens: list[int]) -> None:
-        if message.purge:
-            self.link.send(Persisted(message.rid, self.store.purge(tokens, message.owner)))
-        else:
+        if not message.purge:
             self._persists.append(_Ticketed(message.rid, self.store.persist(tokens, message.owner)))
+            return
+        try:
+            self.link.send(Persisted(message.rid, self.store.purge(tokens, message.owner)))
+        except OSError as error:
+            reply = ErrorReply(ErrorCode.INTERNAL, f"KV pages could not be erased: {error}", "delete the KV directory")
+            self.link.send(Persisted(message.rid, 0, Error.of(reply)))
 
     # --- admission and pages --------------------------------------------------------------------------
 
@@ -159,7 +163,7 @@ class Worker:
         try:
             request.kv = self.store.open(request.tokens, request.submit.owner, durable=request.durable)
         except OutOfBlocks:
-            if self.scheduler.running or self._settling:
+            if self._pages_may_come():
                 return False
             self.fail(request, ErrorReply(self._memory_code, "no pages are free"))
             return True
@@ -169,6 +173,11 @@ class Worker:
             request.admitted = time.monotonic()
             self.link.send(Started(request.rid, 1e3 * (request.admitted - request.arrived)))
         return True
+
+    def _pages_may_come(self, needy: Request | None = None) -> bool:
+        """Whether pages will be freed by what others finish or the disk takes."""
+        others = any(request is not needy for request in self.scheduler.running)
+        return others or bool(self._settling) or self.store.writing
 
     def settle(self) -> None:
         """Moves on what waited for pages: restored requests run, written ones are answered."""
@@ -261,7 +270,7 @@ class Worker:
 
     def _give_way(self, request: Request) -> None:
         """The youngest request found no page: it waits, unless nobody else could ever free one."""
-        if len(self.scheduler.running) > 1 or self._settling:
+        if self._pages_may_come(request):
             self._preempt(request)
         else:
             self.fail(request, ErrorReply(self._memory_code, f"no page left at token {len(request.tokens)}"))

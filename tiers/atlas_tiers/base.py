@@ -183,12 +183,18 @@ class KVStore(Protocol):
         """Blocks until poll() would have something to do, or `timeout` seconds."""
         ...
 
+    @property
+    def writing(self) -> bool:
+        """Whether queued writes hold blocks: OutOfBlocks may then pass by itself."""
+        ...
+
     def persist(self, tokens: Sequence[int], owner: str) -> Ticket:
         """Writes those pages of the chain that are in memory but not on disk."""
         ...
 
     def purge(self, tokens: Sequence[int], owner: str) -> int:
-        """Erases the chain's pages that no running sequence holds, on every tier; returns how many."""
+        """Erases the chain's pages that no running sequence holds, on every tier; returns how many. Waits for the disk.
+        Raises OSError when bytes could not be overwritten."""
         ...
 
     def stats(self) -> list[TierStats]: ...

@@ -223,6 +223,11 @@ class TieredStore:
         """Blocks until poll() has something to do, or `timeout` seconds."""
         self._mover.event.wait(timeout)
 
+    @property
+    def writing(self) -> bool:
+        """Whether queued writes hold blocks: OutOfBlocks may then pass by itself."""
+        return bool(self._queued)
+
     # --- chains without a sequence -----------------------------------------------------------------
 
     def persist(self, tokens: Tokens[int], owner: str) -> Ticket:
