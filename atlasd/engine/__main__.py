@@ -29,8 +29,8 @@ log = logging.getLogger("atlasd.engine")
 
 PR_SET_PDEATHSIG = 1
 REPORT_EVERY_S = 0.1
-# OpenMP threads wait for each other by spinning. By default they do so for milliseconds, and on a busy machine the thread
-# waited for is not running: a token took 280 ms instead of 24. A thousand rounds are some microseconds, then they sleep.
+# OpenMP threads wait for each other by spinning. By default they do so for milliseconds, and on a busy machine the
+# thread waited for is not running: a token took 280 ms instead of 24. A thousand rounds are microseconds.
 SPIN_ROUNDS = "1000"
 
 
@@ -45,7 +45,7 @@ class Pulse:
         if worker is None:
             return Beat(steps=0, running=0, waiting=0, rss_bytes=rss_bytes())
         return Beat(
-            steps=worker.steps,
+            steps=worker.steps + worker.forward.layers,
             running=len(worker.scheduler.running),
             waiting=len(worker.scheduler.waiting),
             rss_bytes=rss_bytes(),
@@ -74,13 +74,13 @@ class Reporter:
 
 def main() -> int:
     """Reads the spec, loads the model, serves. Exit status 0 after SHUTDOWN, 3 when the model can't be served."""
-    die_with_parent()
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # a terminal's Ctrl-C goes to the broker, which shuts this down in order
     sys.setswitchinterval(0.0005)
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)  # read when torch loads its OpenMP library
     spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineSpec)
+    die_with(spec.broker_pid)
     config = msgspec.convert(spec.config, Config)
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s engine: %(message)s", stream=sys.stderr)
     pulse = Pulse()
@@ -101,11 +101,10 @@ def main() -> int:
     return 0
 
 
-def die_with_parent() -> None:
+def die_with(broker_pid: int) -> None:
     """The kernel kills this process when the broker dies: two engines must never share a state directory."""
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:
+    if os.getppid() != broker_pid:  # it died before the call above
         sys.exit(1)
 
 

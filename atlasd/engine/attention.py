@@ -12,6 +12,7 @@ Both record each layer's K/V shape when the step is a `Probe`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -52,8 +53,15 @@ class Sink(Protocol):
 class Step:
     """A forward pass over `spans`: writes K/V to the slabs and attends over each span's pages."""
 
-    def __init__(self, slabs: list[torch.Tensor], groups: tuple[KVGroup, ...], spans: list[Span]) -> None:
+    def __init__(
+        self,
+        slabs: list[torch.Tensor],
+        groups: tuple[KVGroup, ...],
+        spans: list[Span],
+        on_layer: Callable[[], None] = lambda: None,
+    ) -> None:
         self.spans = spans
+        self._on_layer = on_layer
         self._slots = {
             layer: (slab, i) for slab, g in zip(slabs, groups, strict=True) for i, layer in enumerate(g.layers)
         }
@@ -63,6 +71,7 @@ class Step:
         self._offset = torch.cat(positions) % BLOCK_TOKENS
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._on_layer()
         slab, index = self._slots[layer]
         pages = slab[:, index]  # [blocks, 2, kv_heads, BLOCK_TOKENS, head_dim]
         pages[self._block, 0, :, self._offset] = key.transpose(0, 1)

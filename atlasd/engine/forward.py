@@ -28,6 +28,7 @@ class Forward:
     def __init__(self, loaded: LoadedModel, store: KVStore) -> None:
         self._loaded = loaded
         self._store = store
+        self.layers = 0  # attention layers computed so far: a long pass is told from a hung one by it
 
     @torch.inference_mode()
     def __call__(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -48,11 +49,14 @@ class Forward:
             start = stop
         ids = torch.tensor([[t for piece in pieces for t in piece.tokens]], dtype=torch.int64, device=device)
         positions = torch.cat([torch.arange(s.first, s.length, device=device) for s in spans])[None]
-        step = Step(self._store.slabs, self._store.layout.groups, spans)
+        step = Step(self._store.slabs, self._store.layout.groups, spans, self._count_layer)
         # One row at least: some heads reject an empty selection. The surplus is cut off below.
         keep = torch.tensor(rows or [start - 1], dtype=torch.int64, device=device)
         logits = self._model(ids, positions, step, keep)
         return logits[0, : len(rows)].float()
+
+    def _count_layer(self) -> None:
+        self.layers += 1
 
     def _model(self, ids: torch.Tensor, positions: torch.Tensor, step: Step, keep: torch.Tensor) -> torch.Tensor:
         model = self._loaded.model

@@ -122,7 +122,7 @@ class Persisted(msgspec.Struct, tag="persisted"):
 class Beat(msgspec.Struct, tag="beat", kw_only=True):
     """Control socket, once a second, also while a long forward pass runs."""
 
-    steps: int  # main-loop turns so far: unchanged while requests run means hung
+    steps: int  # main-loop turns and attention layers so far: unchanged while requests run means hung
     running: int
     waiting: int
     rss_bytes: int

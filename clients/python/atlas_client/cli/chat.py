@@ -88,7 +88,11 @@ class Chat:
                     self._command(line)
                 elif line.strip():
                     self._turn(line)
-            except (Leave, EOFError):
+            except Leave:
+                return
+            except EOFError:
+                if self._terminal:
+                    print()  # the shell's prompt begins a line of its own
                 return
             except KeyboardInterrupt:
                 if self._interrupted:
