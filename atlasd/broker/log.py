@@ -77,7 +77,10 @@ class Log:
                 job = self._finished.get_nowait()
             except queue.Empty:
                 return
-            job.report(job.result, job.error)
+            try:
+                job.report(job.result, job.error)
+            except Exception:  # the reports behind it must not wait for the next commit
+                logger.exception("unexpected error in a report of the session log")
 
     def close(self) -> None:
         """Finishes what waits, commits it, and closes the environment. Reports are delivered."""

@@ -192,12 +192,14 @@ class Supervisor:
     def send(self, message: Any, raw: bytes = b"") -> None:
         """SUBMIT or PERSIST. Call when `ready`."""
         if self._engine:
-            self._engine.work.send_multipart([_encode(message), raw], zmq.NOBLOCK)
+            with contextlib.suppress(zmq.Again):  # it has just died; on_death says what becomes of the message
+                self._engine.work.send_multipart([_encode(message), raw], zmq.NOBLOCK)
 
     def cancel(self, rid: str) -> None:
         """Tells the engine to end a request."""
         if self._engine:
-            self._engine.control.send(_encode(Cancel(rid)), zmq.NOBLOCK)
+            with contextlib.suppress(zmq.Again):  # as in send()
+                self._engine.control.send(_encode(Cancel(rid)), zmq.NOBLOCK)
 
     # --- the loop's calls --------------------------------------------------------------------------------
 

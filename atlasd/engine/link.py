@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class Link:
         self._control_endpoint = spec.control_endpoint
         self._sending = threading.Lock()
         self._beat = beat
-        self._cancelled: set[str] = set()  # filled by the control thread, emptied by the main thread
+        self._cancelled: deque[str] = deque()  # filled by the control thread, emptied by the main thread
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve_control, name="control", daemon=True)
         self._thread.start()
@@ -52,20 +53,23 @@ class Link:
         with self._sending:
             self._socket.send_multipart([_encoder.encode(message), *raw])
 
-    def receive(self, wait_s: float) -> Iterator[tuple[Any, list[bytes]]]:
-        """Messages that have arrived; waits up to `wait_s` for the first one."""
-        if wait_s and not self._socket.poll(int(1000 * wait_s)):
-            return
+    def wait(self, wait_s: float) -> None:
+        """Waits up to `wait_s` for a message."""
+        if wait_s:
+            self._socket.poll(int(1000 * wait_s))
+
+    def receive(self) -> Iterator[tuple[Any, list[bytes]]]:
+        """Messages that have arrived."""
         while self._socket.poll(0):
             frames = self._socket.recv_multipart()
             yield _work.decode(frames[0]), frames[1:]
 
     def cancelled(self) -> list[str]:
         """Request ids cancelled since the last call."""
-        if not self._cancelled:
-            return []
-        taken, self._cancelled = self._cancelled, set()
-        return list(taken)
+        taken = []
+        while self._cancelled:
+            taken.append(self._cancelled.popleft())
+        return taken
 
     def _serve_control(self) -> None:
         socket = self._connect(self._control_endpoint)
@@ -76,7 +80,7 @@ class Link:
                 socket.send(_encoder.encode(self._beat()))
                 due = now + BEAT_S
             if socket.poll(int(1000 * max(0.0, min(due - now, 0.2)))):
-                self._cancelled.add(_control.decode(socket.recv()).rid)
+                self._cancelled.append(_control.decode(socket.recv()).rid)
         socket.close(linger=0)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,24 +56,24 @@ class Sampler:
         self._seed = sampling.seed or 0
         self._want = sampling.logprobs
         self._temperature = _temperature(sampling, defaults)
-        for token in sampling.logit_bias:
-            if not 0 <= token < vocab:
-                raise ErrorReply(
-                    ErrorCode.INVALID_PARAMETER, f"logit_bias names token {token}; the vocabulary has {vocab}"
-                )
+        _check(sampling, vocab)
         self._adjust = _penalties(sampling, defaults, base)
         self._filter = _filters(sampling, defaults, self._temperature)
 
     def pick(self, logits: torch.Tensor, tokens: list[int]) -> tuple[int, TokenLogprob | None]:
-        """logits [vocab] float32 on the CPU for the token after `tokens`. Raises ErrorReply INTERNAL on NaN logits."""
+        """logits [vocab] float32 on the CPU for the token after `tokens`. Raises ErrorReply: INTERNAL on NaN logits,
+        INVALID_PARAMETER when penalties leave nothing to choose from."""
         if not bool(torch.isfinite(logits.max())):
             raise ErrorReply(ErrorCode.INTERNAL, "the model produced logits that are not numbers; no token was drawn")
         scores = logits[None]
         if self._adjust:
             scores = self._adjust(_ids(tokens), scores)
+            if not bool(torch.isfinite(scores.max())):
+                raise ErrorReply(ErrorCode.INVALID_PARAMETER, "the penalties and biases are too large to draw a token")
         if self._temperature == 0:
             token = int(scores.argmax())
         else:
+            scores = scores - scores.max()  # the same distribution; a tiny temperature then gives -inf, never +inf
             token = self._draw(self._filter(_ids(tokens[-1:]), scores), len(tokens))
         return token, self._logprob(logits, token)
 
@@ -88,6 +89,17 @@ class Sampler:
         values, ids = logprobs.topk(min(self._want, logprobs.numel()))
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
         return TokenLogprob(token, float(logprobs[token]), top)
+
+
+def _check(sampling: Sampling, vocab: int) -> None:
+    """Raises INVALID_PARAMETER for what the message types do not rule out."""
+    for token, bias in sampling.logit_bias.items():
+        if not 0 <= token < vocab:
+            raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"logit_bias names token {token}; the vocabulary has {vocab}")
+        if not math.isfinite(bias):
+            raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"logit_bias of token {token} is {bias}, not a finite number")
+    if sampling.repetition_penalty is not None and not math.isfinite(sampling.repetition_penalty):
+        raise ErrorReply(ErrorCode.INVALID_PARAMETER, "repetition_penalty is not a finite number")
 
 
 def _ids(tokens: list[int]) -> Any:

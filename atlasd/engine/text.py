@@ -27,7 +27,8 @@ class Text:
         Raises ErrorReply INVALID_PARAMETER.
         """
         if request.tokens is not None:
-            return self._checked(request.tokens), self._decode(request.tokens)
+            self.check(request.tokens)
+            return list(request.tokens), self._decode(request.tokens)
         if request.prompt is not None:
             return self._encode(request.prompt, special=fresh), request.prompt
         messages = [{"role": m.role, "content": m.content} for m in request.messages or []]
@@ -35,13 +36,10 @@ class Text:
         shown = "\n".join(f"{m.role}: {m.content}" for m in request.messages or [])
         return self._encode(text, special=False), shown
 
-    def _checked(self, tokens: Sequence[int]) -> list[int]:
-        for token in tokens:
-            if token >= self.vocab:
-                raise ErrorReply(
-                    ErrorCode.INVALID_PARAMETER, f"token {token} is outside the vocabulary of {self.vocab}"
-                )
-        return list(tokens)
+    def check(self, tokens: Sequence[int]) -> None:
+        """Raises INVALID_PARAMETER for an id that the model has no embedding for: it would fail a whole batch."""
+        if (largest := max(tokens, default=0)) >= self.vocab:
+            raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"token {largest} is outside the vocabulary of {self.vocab}")
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])

@@ -87,7 +87,10 @@ class Worker:
     # --- messages in ----------------------------------------------------------------------------------
 
     def receive(self, wait_s: float) -> None:
-        for message, raw in self.link.receive(wait_s):
+        # Cancels are taken first: a request that is sent before its cancel is then among the messages read after.
+        self.link.wait(wait_s)
+        cancelled = self.link.cancelled()
+        for message, raw in self.link.receive():
             match message:
                 case Submit():
                     self.submit(message, _ids(raw[0]))
@@ -95,7 +98,7 @@ class Worker:
                     self.persist(message, _ids(raw[0]))
                 case Shutdown():
                     self.stopping = True
-        for rid in self.link.cancelled():
+        for rid in cancelled:
             if request := self.scheduler.find(rid):
                 self.fail(request, ErrorReply(ErrorCode.CANCELLED, "cancelled by the client"))
 
@@ -117,6 +120,8 @@ class Worker:
         prompt, shown = self.text.prompt(
             generate, fresh=not history, last_finish=message.last_finish, answer=not message.append_only
         )
+        self.text.check(history)  # it may have been imported
+        self.text.check(prompt)
         base = len(history) + len(prompt)
         if base == 0 or (message.append_only and not prompt):
             raise ErrorReply(ErrorCode.INVALID_PARAMETER, "the prompt is empty")
@@ -249,7 +254,7 @@ class Worker:
             assert kv is not None
             kv.commit(part.request.tokens[kv.length : kv.length + part.count])
             if part.sample:
-                self._computed(part.request, next(rows))
+                self._next(part.request, next(rows))
             else:
                 self._progress(part.request, "prefill", kv.length, part.request.base)
 
@@ -281,6 +286,14 @@ class Worker:
         request.kv.release()
         request.kv = None
         self.scheduler.requeue(request)
+
+    def _next(self, request: Request, logits: torch.Tensor) -> None:
+        """Whatever goes wrong with one request's token ends that request alone, not the engine."""
+        try:
+            self._computed(request, logits)
+        except Exception as error:
+            log.exception("request %s", request.rid)
+            self.fail(request, ErrorReply(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}"))
 
     def _computed(self, request: Request, logits: torch.Tensor) -> None:
         """The last token's logits are there: draw the next one, or finish."""

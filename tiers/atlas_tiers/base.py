@@ -185,7 +185,7 @@ class KVStore(Protocol):
 
     @property
     def writing(self) -> bool:
-        """Whether queued writes hold blocks: OutOfBlocks may then pass by itself."""
+        """Whether queued writes or reads hold blocks: OutOfBlocks may then pass by itself."""
         ...
 
     def persist(self, tokens: Sequence[int], owner: str) -> Ticket:

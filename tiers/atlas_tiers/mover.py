@@ -149,10 +149,10 @@ class Mover:
             try:
                 self._write(batch)
             finally:
+                self._finish(batch)  # first: who waits for the end of the writes takes their blocks back next
                 with self._wake:
                     self._writing = 0
                     self._wake.notify_all()
-            self._finish(batch)
 
     def _next_batch(self) -> list[WriteJob | TicketJob]:
         page_bytes = self._disk.page_bytes if self._disk else 1

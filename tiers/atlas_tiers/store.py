@@ -225,8 +225,8 @@ class TieredStore:
 
     @property
     def writing(self) -> bool:
-        """Whether queued writes hold blocks: OutOfBlocks may then pass by itself."""
-        return bool(self._queued)
+        """Whether queued writes, or reads that nobody wants any more, hold blocks: OutOfBlocks may pass by itself."""
+        return bool(self._queued or self._fills)
 
     # --- chains without a sequence -----------------------------------------------------------------
 
