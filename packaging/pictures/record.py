@@ -1,11 +1,12 @@
 """Records the picture of the README: a real chat in a real terminal, its daemon killed in between.
 
-    python packaging/pictures/record.py      (needs tmux; a daemon is started on a directory of its own)
+python packaging/pictures/record.py      (needs tmux; a daemon is started on a directory of its own)
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from rich.console import Console
 from rich.text import Text
 
 OUTPUT = Path(__file__).with_name("resumed-chat.svg")
-WIDTH, HEIGHT = 92, 26
+WIDTH, HEIGHT = 100, 30
 CHAT = "atlasctl chat --raw --session notes -n 28 --temperature 0"
+KILL = "kill -9 $(atlasctl status --json | grep -oE 'pid\": [0-9]+' | tr -dc '0-9\\n')"
 LIMIT_S = 90.0
 
 
@@ -75,7 +77,7 @@ def record(terminal: Terminal, source: Path) -> str:
     terminal.type(CHAT, ">")
     terminal.type("class Reader(", ">")
     terminal.key("C-d", "$ ")
-    terminal.type("pkill -9 -f $ATLAS_HOME; sleep 1; atlasctl up", "$ ")
+    terminal.type(f"{KILL}; atlasctl up -- --kv-ram-gb 1", "$ ")
     terminal.type(CHAT, ">")
     terminal.type("    def close(self):", ">")
     terminal.key("C-d", "$ ")
@@ -93,8 +95,11 @@ def main() -> None:
         finally:
             terminal.close()
     console = Console(record=True, width=WIDTH, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    console.print(Text.from_ansi(screen.rstrip("\n").removesuffix("$").rstrip("\n").replace(path, "/run/user/1000/atlasd")))
-    console.save_svg(str(OUTPUT), title="atlasctl chat")
+    console.print(
+        Text.from_ansi(screen.rstrip("\n").removesuffix("$").rstrip("\n").replace(path, "/run/user/1000/atlasd"))
+    )
+    picture = console.export_svg(title="atlasctl chat")
+    OUTPUT.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")  # no web fonts
 
 
 if __name__ == "__main__":
