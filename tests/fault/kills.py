@@ -11,7 +11,7 @@ from writer import PHASES, Trap, at_work, audit
 
 VICTIMS = ("broker", "engine", "both")
 ANY = "any"  # a moment of the clock, whatever runs
-WAIT_S = 15.0  # for a phase to come; then the kill happens anyway
+WAIT_S = 8.0   # for a phase to come; then the kill happens anyway
 MAX_ENGINE_DEATHS = 3  # in a row: after five within a minute a broker gives up, which is another test's matter
 
 
@@ -45,8 +45,8 @@ def kills(world: World, runs: int, draw: random.Random) -> Row:
 def _kill(world: World, trap: Trap, draw: random.Random, victim: str, phase: str) -> str:
     """Kills at the phase; returns the phase it was."""
     delay = draw.choice((0.0, draw.uniform(0.0, 0.004), draw.uniform(0.0, 0.03)))
-    trap.set(phase, lambda: world.kill(victim), skip=draw.randrange(6), delay=delay)
-    if trap.sprung.wait(draw.uniform(0.0, 12.0) if phase == ANY else WAIT_S):
+    trap.set(phase, lambda: world.kill(victim), skip=0 if phase == "restore" else draw.randrange(5), delay=delay)
+    if trap.sprung.wait(draw.uniform(0.0, 9.0) if phase == ANY else WAIT_S):
         return phase
     trap.force()
     return ANY

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from scenarios import SCENARIOS
 from world import Row, World, world
 
 RESULT = Path(__file__).parent.parent.parent / "build" / "fault.json"
+LOG = RESULT.with_suffix(".log")  # the hurt daemon's, when something was wrong
 
 
 def main() -> int:
@@ -25,6 +27,9 @@ def main() -> int:
     wanted = [name for name in SCENARIOS if not arguments.only or name in arguments.only]
     with world() as made:
         rows = [_run(made, name, arguments) for name in wanted]
+        if made.problems:
+            LOG.parent.mkdir(exist_ok=True)
+            shutil.copy(made.daemon.log, LOG)
     report(made, rows)
     return 0 if all(row.good for row in rows) else 1
 
