@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 from atlas_client import Client, ErrorReply
 from atlas_client.errors import ErrorCode
+from atlas_client.protocol import Generate
 from conftest import Daemon
+from families import DEMO
 from tiers_support import opened, some_tokens, store, write
+from transformers import AutoTokenizer
 
 from atlasd.broker import archive
 from atlasd.broker.log import Log
+from atlasd.engine.text import Text
 
 
 @pytest.fixture
@@ -95,3 +99,19 @@ def test_a_report_that_fails_does_not_hold_up_the_next(tmp_path: Path) -> None:
         log.deliver()
     log.close()
     assert told == [2]
+
+
+def test_a_prompt_of_megabytes_is_refused_before_it_holds_up_other_sessions(client: Client) -> None:
+    began = time.monotonic()
+    with pytest.raises(ErrorReply) as caught:
+        _ = client.generate("abcdefghij" * 800_000, max_tokens=1).text
+    assert caught.value.code is ErrorCode.CONTEXT_OVERFLOW
+    assert time.monotonic() - began < 5  # encoding all of it takes twenty seconds
+
+
+def test_a_long_text_that_fits_is_encoded_whole() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    lines = "def f(x):\n    return 1\n" * 6000
+    ids = tokenizer(lines)["input_ids"]
+    text = Text(tokenizer, 4096, len(ids))
+    assert text.prompt(Generate(prompt=lines), fresh=True, last_finish="", answer=True) == (ids, lines)

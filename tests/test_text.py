@@ -28,7 +28,7 @@ SAMPLES = [
 def text() -> Text:
     from transformers import AutoTokenizer
 
-    return Text(AutoTokenizer.from_pretrained(DEMO), VOCAB)
+    return Text(AutoTokenizer.from_pretrained(DEMO), VOCAB, 8192)
 
 
 def _ids(text: Text, sample: str) -> list[int]:

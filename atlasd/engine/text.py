@@ -10,15 +10,17 @@ from atlas_client.protocol import Generate
 from tokenizers.decoders import DecodeStream
 
 CONTEXT_IDS = 6  # ids before the first generated one that its decoding may depend on (leading spaces, byte runs)
+PIECE = 1 << 16  # characters; longer texts are measured in pieces before they are encoded as a whole
 _MARK = "ATLASINFER_EARLIER_ANSWER"
 
 
 class Text:
-    """One model's tokenizer and chat template."""
+    """One model's tokenizer and chat template. `limit`: the most tokens that are of use."""
 
-    def __init__(self, tokenizer: Any, vocab: int) -> None:
+    def __init__(self, tokenizer: Any, vocab: int, limit: int) -> None:
         self.tokenizer = tokenizer
         self.vocab = vocab
+        self.limit = limit
 
     def prompt(self, request: Generate, *, fresh: bool, last_finish: str, answer: bool) -> tuple[list[int], str]:
         """(token ids to add to the context, the same as text).
@@ -42,7 +44,20 @@ class Text:
             raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"token {largest} is outside the vocabulary of {self.vocab}")
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
+        self._measure(text)
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _measure(self, text: str) -> None:
+        """Raises CONTEXT_OVERFLOW for a text far beyond the limit. Encoding megabytes takes as long as generating does,
+        and every session waits. Cuts between pieces cost a few tokens each, so twice the limit in pieces is too much."""
+        found = 0
+        for start in range(0, len(text) if len(text) > PIECE else 0, PIECE):
+            found += len(self.tokenizer(text[start : start + PIECE], add_special_tokens=False)["input_ids"])
+            if found > 2 * self.limit:
+                raise ErrorReply(
+                    ErrorCode.CONTEXT_OVERFLOW,
+                    f"a prompt of {len(text)} characters does not fit into {self.limit} tokens",
+                )
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -57,7 +72,12 @@ class Text:
             return _after(self._render(earlier + messages, answer), self._render(earlier, False))
         earlier = [{"role": "user", "content": "."}, {"role": "assistant", "content": _MARK}]
         whole = self._render(earlier + messages, answer)
-        return whole[whole.index(_MARK) + len(_MARK) :]
+        _, mark, after = whole.partition(_MARK)
+        if not mark:
+            raise ErrorReply(
+                ErrorCode.INVALID_PARAMETER, "this chat template leaves earlier answers out: send `prompt`"
+            )
+        return after
 
     def _render(self, messages: list[dict[str, str]], answer: bool) -> str:
         if not getattr(self.tokenizer, "chat_template", None):

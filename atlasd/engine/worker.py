@@ -50,7 +50,7 @@ class Worker:
         self.link = link
         self.scheduler = Scheduler(config.max_batch, config.prefill_chunk)
         self.forward = Forward(loaded, store)
-        self.text = Text(loaded.tokenizer, loaded.vocab)
+        self.text = Text(loaded.tokenizer, loaded.vocab, loaded.max_context)
         self.steps = 0
         self.stopping = False
         self.keeps_disk = config.disk_dir is not None
