@@ -48,8 +48,8 @@ class Text:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _measure(self, text: str) -> None:
-        """Raises CONTEXT_OVERFLOW for a text far beyond the limit. Encoding megabytes takes as long as generating does,
-        and every session waits. Cuts between pieces cost a few tokens each, so twice the limit in pieces is too much."""
+        """Raises CONTEXT_OVERFLOW for a text far beyond the limit. While megabytes are encoded
+        every session waits. Cuts between pieces cost a few tokens each, so twice the limit in pieces is too much."""
         found = 0
         for start in range(0, len(text) if len(text) > PIECE else 0, PIECE):
             found += len(self.tokenizer(text[start : start + PIECE], add_special_tokens=False)["input_ids"])
