@@ -1,8 +1,8 @@
 """SIGKILL between two writes: on entering the n-th system call of a kind, in the broker or in the engine.
 
 The order of a commit is pwrite of the data, fdatasync, then the record; so a death on entering fdatasync is one between
-the pages and their sync, and a death on entering LMDB's pwrite or writev is one between the pages' sync and their record,
-or between two parts of a record. Needs strace and the permission to attach; without, there are no runs.
+the pages and their sync, and a death on entering LMDB's pwrite or writev is one between the pages' sync and their
+record, or between two parts of a record. Needs strace and the permission to attach; without, there are no runs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import random
 import shutil
 import subprocess
+from pathlib import Path
 
 from world import Row, World, until
 from writer import Trap, at_work, audit
@@ -55,6 +56,7 @@ def available() -> bool:
         assert tracer.stderr is not None
         attached = b"attached" in tracer.stderr.readline()
         sleeper.kill()
+        tracer.kill()
         tracer.communicate()
     return attached
 
@@ -69,10 +71,18 @@ def die_in(world: World, victim: str, calls: str, count: int) -> bool:
     )
     try:
         with contextlib.suppress(TimeoutError):
-            until(lambda: tracer.poll() is not None, WAIT_S, "death")  # it ends with the last process it traces
+            until(lambda: any(map(ended, pids)), WAIT_S, "death")
             return True
         world.kill(victim)
         return False
     finally:
-        tracer.terminate()
+        tracer.kill()  # a tracer may wait for ever for threads that died; they are reaped when it is gone
         tracer.wait()
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is dead, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True

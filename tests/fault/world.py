@@ -163,7 +163,7 @@ class World:
         if at >= min(len(right), len(found)):
             return False
         first = client.generate(tokens=prompt + right[:at], max_tokens=1, temperature=0, logprobs=5, ignore_eos=True)
-        first.result
+        list(first)
         top = dict(first.logprobs[0].top)
         return abs(top.get(right[at], 0.0) - top.get(found[at], -1e9)) < CLOSE_CALL
 

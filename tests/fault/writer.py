@@ -1,4 +1,4 @@
-"""Sessions at work: threads that send turn after turn, whatever happens to the daemon, and remember what they were told.
+"""Sessions at work: threads that send turn after turn, whatever happens to the daemon, and keep what they were told.
 
 A turn that breaks off is sent again under the same request id until it is acknowledged, as any client would.
 """
@@ -9,7 +9,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from atlas_client import Client, DaemonUnavailable, ErrorReply
 from atlas_client.protocol import Done, Progress, Tokens
@@ -197,7 +197,7 @@ def judge(writers: list[Writer]) -> None:
 
 
 @contextlib.contextmanager
-def at_work(world: World, row: Row, trap: Trap, draw: random.Random, count: int = 4):  # type: ignore[no-untyped-def]
+def at_work(world: World, row: Row, trap: Trap, draw: random.Random, count: int = 4) -> Iterator[list[Writer]]:
     """Writers that run meanwhile; then they finish, and all they were told is judged."""
     tag = f"{row.scenario.split()[0]}{draw.randrange(1000)}"
     writers = [Writer(world, row, trap, f"{tag}-{n}", draw.randrange(10**9)) for n in range(count)]

@@ -21,7 +21,7 @@ with Client(socket) as client:
 """
 
 
-def clients(world: World, runs: int, draw: random.Random) -> Row:
+def readers(world: World, runs: int, draw: random.Random) -> Row:
     """Each run: a client as a process of its own, killed after some of its events; one session, a turn each."""
     row = Row("kill client in mid-stream")
     session = f"client-{draw.randrange(10**6)}"
