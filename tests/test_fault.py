@@ -11,8 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "fault"))
 
+from atlas_client import Client
 from scenarios import SCENARIOS
-from world import World, world
+from world import Row, World, world
+from writer import Trap, Writer
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +30,22 @@ def test_nothing_acknowledged_is_lost_and_no_token_is_wrong(hurt: World, name: s
     row = SCENARIOS[name][0](hurt, runs, random.Random())
     assert row.good, "\n".join(hurt.problems[before:])
     assert row.runs == runs or any("not run" in note for note in hurt.notes)
+
+
+def test_the_judges_see_a_lost_turn_and_a_wrong_token(hurt: World) -> None:
+    row, session = Row("damaged by the test"), "judged"
+    writer = Writer(hurt, row, Trap(), session, seed=1)
+    with Client(hurt.daemon.socket) as client, Client(hurt.reference.socket) as reference:
+        for _ in range(2):
+            writer.send_one()
+        writer.audit(client)
+        writer.judge(reference)
+        assert row.good, hurt.problems
+        client.session(f"{session}-0").truncate(turns=1)
+        writer.audit(client)
+        assert row.lost_turns == 1
+        first = writer.sent[f"{session}-0"][0]
+        assert first.tokens is not None
+        first.tokens[-1] ^= 1
+        writer.judge(reference)
+        assert row.wrong_tokens > 0

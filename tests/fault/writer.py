@@ -79,7 +79,11 @@ class Writer(threading.Thread):
 
     def run(self) -> None:
         while not self._ending.is_set():
-            self._work(self._next())
+            self.send_one()
+
+    def send_one(self) -> None:
+        """One turn, until it is acknowledged."""
+        self._work(self._next())
 
     def finish(self) -> None:
         """Lets the running turn end."""
