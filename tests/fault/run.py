@@ -11,6 +11,7 @@ import dataclasses
 import json
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ LOG = RESULT.with_suffix(".log")  # the hurt daemon's, when something was wrong
 
 def main() -> int:
     arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the daemons are ended on the way out
     wanted = [name for name in SCENARIOS if not arguments.only or name in arguments.only]
     with world() as made:
         rows = [_run(made, name, arguments) for name in wanted]

@@ -172,9 +172,8 @@ class World:
 
         def settled() -> bool:
             status = self.status()
-            return bool(status and status.tiers) and all(
-                tier.open == 0 and tier.free + tier.sealed == tier.total for tier in status.tiers
-            )
+            tiers = status.tiers if status else []
+            return bool(tiers) and all(tier.open == 0 and tier.free + tier.sealed == tier.total for tier in tiers)
 
         try:
             until(settled, 10, "quiet")
