@@ -54,7 +54,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda m: _edit(m / "config.json", model_type="own", auto_map={"AutoConfig": "x.Y"}),
         "never run",
     ),
-    "other shapes": (lambda m: _edit(m / "config.json", intermediate_size=512), "size"),
+    "other shapes": (lambda m: _edit(m / "config.json", intermediate_size=512), "of another model"),
     "no tokenizer": (lambda m: _cut(m / "tokenizer.json", 1000), "tokenizer"),
 }
 
