@@ -178,3 +178,12 @@ def test_a_request_id_must_be_one() -> None:
     with pytest.raises(ErrorReply, match="request id"):
         link.cancel("")
     assert not link.busy
+
+
+def test_tokens_on_their_way_before_an_attach_are_taken_in_their_place() -> None:
+    stream = Stream(Attach(0), rid="r")
+    stream.feed(2, Tokens(1, IDS[1:2], TEXT[1:2]))
+    for n in range(2):
+        stream.feed(1 + n, Tokens(n, IDS[n : n + 1], TEXT[n : n + 1]))
+    assert stream.error is None
+    assert stream.ids == IDS[:2]

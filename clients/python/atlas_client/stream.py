@@ -60,7 +60,7 @@ class Stream:
 
     def feed(self, seq: int, reply: Any, raw: Sequence[bytes] = ()) -> None:
         """Takes one reply. A repeated one is skipped; one that contradicts what was delivered ends the stream."""
-        if self.finished or (seq and seq <= self.last_seq):
+        if self.finished or (seq and seq <= self.last_seq) or self._early(reply):
             return
         self.last_seq = seq or self.last_seq
         self.resends = 0
@@ -75,6 +75,12 @@ class Stream:
                 self._finish(reply, raw)
         except ErrorReply as error:
             self.error = error
+
+    def _early(self, reply: Any) -> bool:
+        """Tokens beyond what is due were on their way before this stream was attached: they come again in their place."""
+        if not isinstance(self.body, Attach) or not isinstance(reply, Tokens) or self._base is None:
+            return False
+        return reply.index - self._base > self._at_id
 
     def restart(self) -> None:
         """What comes next is from the start again, from a broker that has not sent any of it."""
