@@ -77,7 +77,7 @@ class Stream:
             self.error = error
 
     def _early(self, reply: Any) -> bool:
-        """Tokens beyond what is due were on their way before this stream was attached: they come again in their place."""
+        """Tokens beyond what is due were on their way before this stream was attached: they come again in place."""
         if not isinstance(self.body, Attach) or not isinstance(reply, Tokens) or self._base is None:
             return False
         return reply.index - self._base > self._at_id
