@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from atlas_client import protocol
+from atlas_client import framing, protocol
 from atlas_client.protocol import Done, Error, Generate, Header, Sampling, Status, Tokens
 
 ENGINE = f"{sys.executable} {Path(__file__).with_name('scripted_engine.py')}"
@@ -50,23 +50,23 @@ class Client:
 
     def send(self, request: Any, rid: str = "", raw: tuple[bytes, ...] = ()) -> str:
         rid = rid or f"r{os.getpid()}-{next(_ids)}"
-        self.work.send_multipart(protocol.encode(Header(rid), request, raw))
+        self.work.send_multipart(framing.encode(Header(rid), request, raw))
         return rid
 
     def order(self, request: Any, rid: str) -> None:
-        self.control.send_multipart(protocol.encode(Header(rid), request))
+        self.control.send_multipart(framing.encode(Header(rid), request))
 
     def pong(self, request: Any, rid: str = "p", limit: float = 5.0) -> Any:
         """Sends on the control socket and waits for the answer."""
         self.order(request, rid)
         assert self.control.poll(int(limit * 1000)), "no answer on the control socket"
-        return protocol.decode_reply(self.control.recv_multipart())[1]
+        return framing.decode_reply(self.control.recv_multipart())[1]
 
     def receive(self, limit: float = 0.0) -> bool:
         """Takes one reply, if one comes."""
         if not self.work.poll(int(limit * 1000)):
             return False
-        header, body, raw = protocol.decode_reply(self.work.recv_multipart())
+        header, body, raw = framing.decode_reply(self.work.recv_multipart())
         self.seen.setdefault(header.rid, []).append((header.seq, body, list(raw)))
         return True
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from atlas_client import protocol
+from atlas_client import framing
 from atlas_client.paths import control_socket, endpoint
 from atlas_client.protocol import Done, Header, Ping, Pong, Timings, Tokens, Usage
 
@@ -71,22 +71,22 @@ class ScriptedBroker:
         context.destroy(linger=100)
 
     def _work(self, socket: zmq.Socket[bytes], identity: bytes, frames: list[bytes]) -> None:
-        header, body, _ = protocol.decode_request(frames)
+        header, body, _ = framing.decode_request(frames)
         self.requests.append((header.rid, body))
         sequence = iter(range(1, 1_000_000))
 
         def send(reply: Any, seq: int | None = None, raw: tuple[bytes, ...] = (), rid: str = header.rid) -> None:
             number = next(sequence) if seq is None else seq
-            frames = [b"ATL1", *reply] if isinstance(reply, list) else protocol.encode(Header(rid, number), reply, raw)
+            frames = [b"ATL1", *reply] if isinstance(reply, list) else framing.encode(Header(rid, number), reply, raw)
             socket.send_multipart([identity, *frames])
 
         self.script(header.rid, body, send)
 
     def _control(self, socket: zmq.Socket[bytes], identity: bytes, frames: list[bytes]) -> None:
-        header, body, _ = protocol.decode_control(frames)
+        header, body, _ = framing.decode_control(frames)
         self.controls.append((header.rid, body))
         if isinstance(body, Ping):
-            reply = protocol.encode(Header(header.rid), Pong(self.boot, header.rid in self.known))
+            reply = framing.encode(Header(header.rid), Pong(self.boot, header.rid in self.known))
             socket.send_multipart([identity, *reply])
 
 

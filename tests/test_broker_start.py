@@ -19,7 +19,7 @@ from pathlib import Path
 import lmdb
 import pytest
 import zmq
-from atlas_client import protocol
+from atlas_client import framing, protocol
 from atlas_client.protocol import (
     Done,
     Error,
@@ -205,7 +205,7 @@ def test_an_oversized_message_costs_its_sender_the_connection_only(root: Path) -
 
 def test_bad_frames_get_typed_errors(daemon: Daemon) -> None:
     client = daemon.ready()
-    good = protocol.encode(Header("ok"), Status())
+    good = framing.encode(Header("ok"), Status())
     cases = [
         ([b"ATL1"], "-", "BAD_FRAME"),
         ([b"nope", *good[1:]], "-", "BAD_FRAME"),
@@ -213,7 +213,7 @@ def test_bad_frames_get_typed_errors(daemon: Daemon) -> None:
         ([good[0], b"\xc1", good[2]], "-", "BAD_FRAME"),
         ([good[0], good[1], b"\xc1"], "ok", "BAD_FRAME"),
         ([good[0], good[1], b"\x81\xa4type\xa7unknown"], "ok", "BAD_FRAME"),
-        (protocol.encode(Header("ok"), {"type": "generate", "prompt": 5}), "ok", "INVALID_PARAMETER"),
+        (framing.encode(Header("ok"), {"type": "generate", "prompt": 5}), "ok", "INVALID_PARAMETER"),
     ]
     for frames, rid, code in cases:
         for sock in (client.work, client.control):
@@ -221,7 +221,7 @@ def test_bad_frames_get_typed_errors(daemon: Daemon) -> None:
                 continue
             sock.send_multipart(frames)
             assert sock.poll(5000)
-            header, body, _ = protocol.decode_reply(sock.recv_multipart())
+            header, body, _ = framing.decode_reply(sock.recv_multipart())
             assert header.rid == rid
             assert is_error(body, code), (frames, body)
 
@@ -248,7 +248,7 @@ def mutated(draw: random.Random, frames: list[bytes]) -> list[bytes]:
 def test_thousands_of_damaged_frames(daemon: Daemon) -> None:
     client = daemon.ready()
     draw = random.Random(11)
-    seeds = [protocol.encode(Header("fuzz"), request) for request in _samples()]
+    seeds = [framing.encode(Header("fuzz"), request) for request in _samples()]
     before = client.ask(Status()).rss_bytes
     context = zmq.Context.instance()
     for round_ in range(8):
@@ -272,6 +272,7 @@ def test_thousands_of_damaged_frames(daemon: Daemon) -> None:
 
 def _samples() -> list[object]:
     p = protocol
+
     return [
         Generate(prompt="x", session="s", sampling=p.Sampling(max_tokens=2, stop=["a"])),
         Generate(tokens=[1, 2, 3]), p.Attach(3), p.SessionOpen("s"), p.SessionAppend(session="s", prompt="a"),

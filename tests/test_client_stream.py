@@ -6,7 +6,7 @@ import itertools
 import random
 
 import pytest
-from atlas_client import protocol
+from atlas_client import framing
 from atlas_client.errors import DaemonUnavailable, ErrorCode, ErrorReply
 from atlas_client.link import Health, Limits, Link
 from atlas_client.protocol import Attach, Error, Generate, Header, Ping, Pong, SessionFork, Status, Tokens
@@ -78,15 +78,15 @@ def test_text_held_back_for_a_stop_string_comes_without_ids() -> None:
 def _link(stream: Stream) -> Link:
     link = Link(Limits(timeout=10, heartbeat=1))
     link.open(stream, 0.0)
-    link.control(protocol.encode(Header(stream.rid), Pong("b1", True)), 0.0)
+    link.control(framing.encode(Header(stream.rid), Pong("b1", True)), 0.0)
     link.work_out.clear()
     link.control_out.clear()
     return link
 
 
 def _pong(link: Link, stream: Stream, boot: str, known: bool, now: float = 0.0) -> list[object]:
-    link.control(protocol.encode(Header(stream.rid), Pong(boot, known)), now)
-    sent = [protocol.decode_request(frames)[1] for frames in link.work_out]
+    link.control(framing.encode(Header(stream.rid), Pong(boot, known)), now)
+    sent = [framing.decode_request(frames)[1] for frames in link.work_out]
     link.work_out.clear()
     return sent
 
@@ -97,7 +97,7 @@ def test_a_quiet_stream_is_pinged_every_second_and_silence_is_noticed() -> None:
     assert link.tick(0.9) is Health.OK
     assert not link.control_out
     assert link.tick(1.0) is Health.OK
-    assert isinstance(protocol.decode_control(link.control_out[0])[1], Ping)
+    assert isinstance(framing.decode_control(link.control_out[0])[1], Ping)
     assert link.tick(2.0) is Health.SUSPECT
     assert link.tick(10.9) is Health.SUSPECT
     assert link.tick(11.0) is Health.DEAD
@@ -122,7 +122,7 @@ def test_requests_that_brokers_do_not_keep_are_waited_for_longer() -> None:
 def test_a_new_connection_to_the_same_broker_attaches() -> None:
     stream = Stream(Generate(prompt="x"))
     link = _link(stream)
-    link.work(protocol.encode(Header(stream.rid, 3), Tokens(0, [1], "a")), 0.0)
+    link.work(framing.encode(Header(stream.rid, 3), Tokens(0, [1], "a")), 0.0)
     link.reopened(1.0)
     assert _pong(link, stream, "b1", True) == [Attach(3)]
 
@@ -130,9 +130,9 @@ def test_a_new_connection_to_the_same_broker_attaches() -> None:
 def test_a_new_broker_gets_the_request_again() -> None:
     stream = Stream(Generate(prompt="x"))
     link = _link(stream)
-    link.work(protocol.encode(Header(stream.rid, 3), Tokens(0, [1], "a")), 0.0)
+    link.work(framing.encode(Header(stream.rid, 3), Tokens(0, [1], "a")), 0.0)
     assert _pong(link, stream, "b2", False) == [stream.body]
-    link.work(protocol.encode(Header(stream.rid, 1), Tokens(0, [1, 2], "ab")), 0.0)
+    link.work(framing.encode(Header(stream.rid, 1), Tokens(0, [1, 2], "ab")), 0.0)
     assert _delivered(stream) == ([1, 2], "ab")
 
 
@@ -158,14 +158,14 @@ def test_a_retry_waits_and_keeps_what_was_delivered() -> None:
     stream = Stream(Generate(prompt="x"), retries=1)
     link = _link(stream)
     died = Error.of(ErrorReply(ErrorCode.ENGINE_DIED, "killed"))
-    link.work(protocol.encode(Header(stream.rid, 1), Tokens(0, [1], "a")), 0.0)
-    link.work(protocol.encode(Header(stream.rid, 2), died), 0.0)
+    link.work(framing.encode(Header(stream.rid, 1), Tokens(0, [1], "a")), 0.0)
+    link.work(framing.encode(Header(stream.rid, 2), died), 0.0)
     assert not stream.finished
     assert link.wait(0.0) <= 0.1
     link.tick(0.2)
-    assert protocol.decode_request(link.work_out.popleft())[1] == stream.body
-    link.work(protocol.encode(Header(stream.rid, 1), Tokens(0, [1, 2], "ab")), 0.3)
-    link.work(protocol.encode(Header(stream.rid, 2), died), 0.4)
+    assert framing.decode_request(link.work_out.popleft())[1] == stream.body
+    link.work(framing.encode(Header(stream.rid, 1), Tokens(0, [1, 2], "ab")), 0.3)
+    link.work(framing.encode(Header(stream.rid, 2), died), 0.4)
     assert _delivered(stream) == ([1, 2], "ab")
     assert isinstance(stream.error, ErrorReply)
     assert stream.error.retryable

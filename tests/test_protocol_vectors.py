@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from atlas_client import protocol
+from atlas_client import framing, protocol
 from atlas_client.errors import NEXT_STEP, RETRYABLE, ErrorCode
 
 CLIENTS = Path(__file__).parent.parent / "clients"
@@ -28,10 +28,10 @@ VALUES = [
     protocol.SessionInfo, protocol.ModelInfo, protocol.TierUsage, protocol.Header,
 ]  # fmt: skip
 DECODERS = {
-    ("work", "request"): protocol.decode_request,
-    ("control", "request"): protocol.decode_control,
-    ("work", "reply"): protocol.decode_reply,
-    ("control", "reply"): protocol.decode_reply,
+    ("work", "request"): framing.decode_request,
+    ("control", "request"): framing.decode_control,
+    ("work", "reply"): framing.decode_reply,
+    ("control", "reply"): framing.decode_reply,
 }
 
 
@@ -49,7 +49,7 @@ def test_a_vector_decodes_to_its_json_and_is_encoded_to_its_bytes(vector: dict[s
     assert json.loads(msgspec.json.encode(header)) == vector["header"]
     assert json.loads(msgspec.json.encode(body)) == vector["body"]
     assert [frame.hex() for frame in raw] == vector["raw"]
-    assert protocol.encode(header, body, raw) == _frames(vector)
+    assert framing.encode(header, body, raw) == _frames(vector)
 
 
 def test_every_message_type_has_a_vector() -> None:
@@ -59,7 +59,7 @@ def test_every_message_type_has_a_vector() -> None:
 
 @pytest.mark.parametrize("vector", VECTORS["accept"], ids=_named)
 def test_what_another_client_may_send_is_read(vector: dict[str, Any]) -> None:
-    _, body, _ = protocol.decode_request(_frames(vector))
+    _, body, _ = framing.decode_request(_frames(vector))
     read = {"type": type(body).__struct_config__.tag} | msgspec.structs.asdict(body)
     sent = vector["body"]
     assert {name: read[name] for name in sent if name in read} == {
@@ -69,8 +69,8 @@ def test_what_another_client_may_send_is_read(vector: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("vector", VECTORS["reject"], ids=_named)
 def test_a_wrong_message_is_refused_with_its_code(vector: dict[str, Any]) -> None:
-    with pytest.raises(protocol.BadFrame) as caught:
-        protocol.decode_request(_frames(vector))
+    with pytest.raises(framing.BadFrame) as caught:
+        framing.decode_request(_frames(vector))
     error = caught.value
     code = "UNSUPPORTED_VERSION" if error.version else "INVALID_PARAMETER" if error.parameter else "BAD_FRAME"
     assert code == vector["code"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from atlas_client import protocol
+from atlas_client import framing, protocol
 from atlas_client.errors import ErrorCode, ErrorReply
 from atlas_client.paths import endpoint
 from atlas_client.protocol import (
@@ -196,8 +196,8 @@ class Broker:
 
     def _request(self, identity: bytes, frames: list[bytes], owner: str) -> None:
         try:
-            header, request, raw = protocol.decode_request(frames)
-        except protocol.BadFrame as error:
+            header, request, raw = framing.decode_request(frames)
+        except framing.BadFrame as error:
             self._refuse(self.work, identity, error.rid or "-", _typed(error))
             return
         try:
@@ -260,8 +260,8 @@ class Broker:
 
     def _control(self, identity: bytes, frames: list[bytes], owner: str) -> None:
         try:
-            header, request, _ = protocol.decode_control(frames)
-        except protocol.BadFrame as error:
+            header, request, _ = framing.decode_control(frames)
+        except framing.BadFrame as error:
             self._refuse(self.control, identity, error.rid or "-", _typed(error))
             return
         key = (owner, header.rid)
@@ -281,7 +281,7 @@ class Broker:
 
     def _send(self, socket: zmq.Socket[bytes], identity: bytes, header: Header, message: Any) -> None:
         with contextlib.suppress(zmq.ZMQError):  # a client that is gone or does not read loses this reply alone
-            socket.send_multipart([identity, *protocol.encode(header, message)], zmq.NOBLOCK)
+            socket.send_multipart([identity, *framing.encode(header, message)], zmq.NOBLOCK)
 
     def _hello(self, call: Call) -> None:
         asked: Hello = call.request
@@ -344,7 +344,7 @@ def _owner(frame: zmq.Frame) -> str:
         return str(os.getuid())
 
 
-def _typed(error: protocol.BadFrame) -> ErrorReply:
+def _typed(error: framing.BadFrame) -> ErrorReply:
     if error.version:
         return ErrorReply(ErrorCode.UNSUPPORTED_VERSION, str(error))
     return ErrorReply(ErrorCode.INVALID_PARAMETER if error.parameter else ErrorCode.BAD_FRAME, str(error))

@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import msgspec
-from atlas_client.protocol import MAGIC, Header, TokenLogprob, Tokens
+from atlas_client.framing import MAGIC
+from atlas_client.protocol import Header, TokenLogprob, Tokens
 
 _encode = msgspec.msgpack.Encoder().encode
 _tokens = msgspec.msgpack.Decoder(Tokens)

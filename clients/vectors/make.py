@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from atlas_client import framing
 from atlas_client import protocol as p
 from atlas_client.errors import ErrorCode, ErrorReply
 
@@ -127,9 +128,9 @@ REJECT: dict[str, tuple[str, list[Any]]] = {
 BROKEN = {
     "another protocol": ("UNSUPPORTED_VERSION", [b"ATL9", msgspec.msgpack.encode(PLAIN_HEADER), b"\x80"]),
     "another magic": ("BAD_FRAME", [b"HTTP", msgspec.msgpack.encode(PLAIN_HEADER), b"\x80"]),
-    "two frames": ("BAD_FRAME", [p.MAGIC, msgspec.msgpack.encode(PLAIN_HEADER)]),
-    "bad request id": ("BAD_FRAME", [p.MAGIC, msgspec.msgpack.encode({"rid": "a/b"}), b"\x80"]),
-    "cut body": ("BAD_FRAME", [p.MAGIC, msgspec.msgpack.encode(PLAIN_HEADER), b"\x82\xa4type"]),
+    "two frames": ("BAD_FRAME", [framing.MAGIC, msgspec.msgpack.encode(PLAIN_HEADER)]),
+    "bad request id": ("BAD_FRAME", [framing.MAGIC, msgspec.msgpack.encode({"rid": "a/b"}), b"\x80"]),
+    "cut body": ("BAD_FRAME", [framing.MAGIC, msgspec.msgpack.encode(PLAIN_HEADER), b"\x82\xa4type"]),
 }
 
 
@@ -162,12 +163,12 @@ def _message(socket: str, direction: str, seq: int, name: str, item: tuple[Any, 
         "header": json.loads(msgspec.json.encode(header)),
         "body": json.loads(msgspec.json.encode(body)),
         "raw": _hex(raw),
-        "frames": _hex(p.encode(header, body, raw)),
+        "frames": _hex(framing.encode(header, body, raw)),
     }
 
 
 def _encoded(parts: list[Any]) -> list[str]:
-    return _hex([p.MAGIC, *(msgspec.msgpack.encode(part) for part in parts)])
+    return _hex([framing.MAGIC, *(msgspec.msgpack.encode(part) for part in parts)])
 
 
 def _hex(frames: list[bytes]) -> list[str]:

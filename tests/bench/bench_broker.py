@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import zmq
-from atlas_client import protocol
+from atlas_client import framing, protocol
 from atlas_client.protocol import Generate, Header, Sampling, Status, Tokens
 from broker_support import Client, Daemon
 from report import row
@@ -57,7 +57,7 @@ def delays_ms(client: Client, streams: int, gap: float) -> list[float]:
     delays = []
     while open_:
         assert client.work.poll(10_000)
-        header, body, _ = protocol.decode_reply(client.work.recv_multipart())
+        header, body, _ = framing.decode_reply(client.work.recv_multipart())
         now = time.monotonic_ns()
         if isinstance(body, Tokens):
             delays.append((now - int(body.text)) / 1e6)
@@ -73,7 +73,7 @@ def _echo(path: str, streams: int, gap: float) -> None:
         if index % streams == 0:
             time.sleep(gap)
         tokens = Tokens(index, [index], str(time.monotonic_ns()))
-        sender.send_multipart(protocol.encode(Header("r", index), tokens))
+        sender.send_multipart(framing.encode(Header("r", index), tokens))
     sender.close(1000)
 
 
@@ -86,7 +86,7 @@ def hop_ms(directory: Path, streams: int, gap: float) -> list[float]:
     delays = []
     for _ in range(TOKENS):
         assert receiver.poll(10_000)
-        body = protocol.decode_reply(receiver.recv_multipart())[1]
+        body = framing.decode_reply(receiver.recv_multipart())[1]
         delays.append((time.monotonic_ns() - int(body.text)) / 1e6)
     process.join()
     receiver.close(0)

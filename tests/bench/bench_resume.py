@@ -1,6 +1,6 @@
 """Time to first token of a 6,000-token session: resumed from disk after SIGKILL, against computed from scratch.
 
-Both are taken on the same daemon life, in turn, medians of ROUNDS; the page cache is warm, as after a crash of the daemon.
+Both are taken in one daemon life, in turn, medians of ROUNDS; the page cache is warm, as after a crash of the daemon.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
         daemon.kill()
         daemon.start()
         with Client(daemon.socket) as client:
-            client.generate("warm up", max_tokens=4).result
+            print(client.generate("warm up", max_tokens=4).result.finish_reason)
         resumed, computed = [], []
         for n in range(ROUNDS):
             done = question(daemon.socket, f"s{n}")

@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from . import protocol
+from . import framing
 from .errors import AtlasError, ErrorCode, ErrorReply
+from .framing import BadFrame
 from .protocol import (
     Attach,
-    BadFrame,
     Cancel,
     Credit,
     Error,
@@ -172,7 +172,7 @@ class Link:
                 self._resend(each, "the daemon was started again", now)
         elif watch and watch.awaiting and pong.known:
             watch.awaiting, watch.misses, watch.taken = False, 0, 0  # ATTACH starts the credit anew
-            self.work_out.append(protocol.encode(Header(watch.stream.rid), Attach(watch.stream.last_seq)))
+            self.work_out.append(framing.encode(Header(watch.stream.rid), Attach(watch.stream.last_seq)))
         elif watch and watch.due is None:
             watch.misses = 0 if pong.known else watch.misses + 1
             most = UNKNOWN_MISSES if isinstance(watch.stream.body, UNKNOWN) else MISSES
@@ -207,14 +207,14 @@ class Link:
         self._unanswered = now if self._unanswered is None else self._unanswered
 
     def _send_control(self, rid: str, body: Any) -> None:
-        self.control_out.append(protocol.encode(Header(rid), body))
+        self.control_out.append(framing.encode(Header(rid), body))
 
 
 def encode(stream: Stream) -> list[bytes]:
     """The frames of a stream's request. Raises ErrorReply when a value can't be encoded."""
     check(stream.rid)
     try:
-        return protocol.encode(Header(stream.rid), stream.body, stream.raw)
+        return framing.encode(Header(stream.rid), stream.body, stream.raw)
     except (TypeError, ValueError, OverflowError) as error:  # UnicodeEncodeError: half a surrogate pair
         raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"the request can't be encoded: {error}") from None
 
@@ -227,7 +227,7 @@ def check(rid: str) -> None:
 
 def _decode(frames: Sequence[bytes]) -> tuple[Header | None, Any, Sequence[bytes]]:
     try:
-        return protocol.decode_reply(frames)
+        return framing.decode_reply(frames)
     except BadFrame as error:
         if error.rid is None:
             return None, None, ()
