@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 START_LIMIT_S = 90.0
-os.environ.setdefault("GOMP_SPINCOUNT", "100")  # for torch in the tests' own process, as the engine does
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for torch in the tests' own process, as the engine does
 
 
 class Daemon:

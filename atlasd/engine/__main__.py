@@ -30,8 +30,8 @@ log = logging.getLogger("atlasd.engine")
 PR_SET_PDEATHSIG = 1
 REPORT_EVERY_S = 0.1
 # OpenMP threads wait for each other by spinning. By default they do so for milliseconds, and on a busy machine the
-# thread waited for is not running: a token took 280 ms instead of 25. After a hundred rounds they sleep instead.
-SPIN_ROUNDS = "100"
+# thread waited for is not running: a token took 280 ms instead of 25. After a thousand rounds they sleep.
+SPIN_ROUNDS = "1000"
 
 
 class Pulse:

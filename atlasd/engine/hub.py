@@ -28,6 +28,13 @@ def resolve(model: str, *, revision: str | None, token: str | None, offline: boo
 
     Raises ErrorReply NO_SUCH_MODEL.
     """
+    return local(model) or _fetch(model, revision, token, offline, report)
+
+
+def local(model: str) -> Path | None:
+    """The directory of a model that needs no fetching; None for a hub id. Raises ErrorReply NO_SUCH_MODEL."""
+    if not model:
+        raise _missing("the model's name is empty", "give a directory, a hub id, or `demo`")
     if model == DEMO:
         return Path(str(resources.files("atlas_demo_model")))
     path = Path(model).expanduser()
@@ -37,7 +44,7 @@ def resolve(model: str, *, revision: str | None, token: str | None, offline: boo
         raise _missing(f"{path} is a file, not a model directory", "give the directory that holds config.json")
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise _missing(f"no directory {path}, and {model!r} is no hub id (ORGANISATION/NAME)", _HUB_HINT)
-    return _fetch(model, revision, token, offline, report)
+    return None
 
 
 def _fetch(repo: str, revision: str | None, token: str | None, offline: bool, report: Report) -> Path:
