@@ -7,7 +7,7 @@ import enum
 import time
 from typing import TYPE_CHECKING
 
-from atlas_client.protocol import Timings, TokenLogprob, Usage
+from atlas_client.protocol import Timings, Usage
 from atlas_tiers.base import KVSequence, Ticket
 
 from .messages import Submit
@@ -43,7 +43,6 @@ class Request:
     usage: Usage = dataclasses.field(default_factory=Usage)
     reset_reason: str = ""
     ticket: Ticket | None = None
-    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
     arrived: float = dataclasses.field(default_factory=time.monotonic)
     admitted: float = 0.0
     restored: float = 0.0

@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 256
 IDLE_WAIT_S = 0.05
 BUSY_WAIT_S = 0.002  # while pages are being read or written
-RELAY_PROGRESS_TOKENS = 1  # a prompt longer than one chunk reports after every chunk
 
 
 @dataclasses.dataclass
@@ -69,12 +68,12 @@ class Worker:
     def turn(self) -> None:
         """One turn: messages in, pages in, admissions, one forward pass, messages out."""
         self.steps += 1
-        parts = self.plan()
+        parts = self.scheduler.plan()
         self.receive(0.0 if parts else self._wait_s())
         self.store.poll()
         self.scheduler.admit(self.begin)
         self.settle()
-        if parts := self.plan():
+        if parts := self.scheduler.plan():
             self.compute(parts)
 
     def _wait_s(self) -> float:
@@ -196,7 +195,7 @@ class Worker:
             self._persists.remove(item)
             error = None
             if not item.ticket.durable:
-                error = Error.of(ErrorReply(ErrorCode.DISK_FULL, item.ticket.error or "no pages are kept on disk"))
+                error = Error.of(_not_durable(item.ticket))
             self.link.send(Persisted(item.rid, item.ticket.pages, error))
 
     def _restored(self, request: Request) -> None:
@@ -230,9 +229,6 @@ class Worker:
         return "the pages were evicted, or never reached the disk"
 
     # --- computing ------------------------------------------------------------------------------------
-
-    def plan(self) -> list[Part]:
-        return self.scheduler.plan()
 
     def compute(self, parts: list[Part]) -> None:
         """Reserves pages, runs the forward pass, draws tokens."""
@@ -313,8 +309,6 @@ class Worker:
             return
         request.tokens.append(token)
         text = request.decoder.feed(token)
-        if logprob:
-            request.logprobs.append(logprob)
         if request.decoder.stopped:
             self._finish(request, "stop", text, token, logprob)
         elif len(request.generated) >= request.max_tokens:
@@ -382,6 +376,14 @@ class Worker:
     def tiers(self) -> list[TierUsage]:
         """Pages by tier, for status."""
         return [TierUsage(**dataclasses.asdict(stats)) for stats in self.store.stats()]
+
+
+def _not_durable(ticket: Ticket) -> ErrorReply:
+    if ticket.error:
+        return ErrorReply(ErrorCode.DISK_FULL, ticket.error)
+    return ErrorReply(
+        ErrorCode.INVALID_PARAMETER, "this daemon keeps no pages on disk", "start it without --kv-disk-path none"
+    )
 
 
 def _piece(part: Part) -> Piece:

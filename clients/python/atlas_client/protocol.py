@@ -51,7 +51,7 @@ class Sampling(msgspec.Struct, omit_defaults=True, kw_only=True):
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None  # None: drawn and reported in DONE
     stop: Annotated[list[Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]], msgspec.Meta(max_length=32)] = []
     logit_bias: dict[int, float] = {}
-    logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None  # top-n per token; None: none
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=10_000)] | None = None  # top-n per token; None: none
     ignore_eos: bool = False
 
 
