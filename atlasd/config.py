@@ -127,7 +127,13 @@ def load(file: Path | None, flags: dict[str, Any]) -> Config:
     try:
         return msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(_plain(str(error))) from None
+
+
+def _plain(problem: str) -> str:
+    """'Expected `int` >= 0 - at `$.max_context`' as 'max_context: expected int >= 0'."""
+    what, _, key = problem.replace("`", "").rpartition(" - at $.")
+    return f"{key}: {what[0].lower()}{what[1:]}" if what else problem
 
 
 def _read(file: Path) -> dict[str, Any]:

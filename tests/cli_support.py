@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ATLASCTL = [sys.executable, "-c", "from atlas_client.cli.main import main; main()"]
+ATLASCTL = [sys.executable, "-P", "-c", "from atlas_client.cli.main import main; main()"]
 LIMIT_S = 60.0
 
 

@@ -172,14 +172,14 @@ def test_load_waits_for_running_turns_and_holds_new_ones(daemon: Daemon) -> None
     client = daemon.ready()
     running = client.send(Generate(prompt='{"n": 30, "delay": 0.02}', session="s"))
     client.wait_for(running, Tokens)
-    load = client.send(ModelLoad("slow-other"))
+    load = client.send(ModelLoad("slow/other"))
     client.wait_for(load, Progress)
     after = client.send(Generate(prompt="held"))
     assert is_error(client.ask(ModelLoad("third")), "QUEUE_FULL")
     assert len(client.replies(running)[-1].tokens) == 30
     replies = client.replies(load)
     assert isinstance(replies[-1], ModelReply)
-    assert replies[-1].model.name == "slow-other"
+    assert replies[-1].model.name == "slow/other"
     assert {reply.phase for reply in replies[:-1]} == {"queue", "load"} or len(replies) == 2
     assert isinstance(client.replies(after)[-1], Done)
     assert is_error(client.generate("x", session="s"), "MODEL_MISMATCH")

@@ -169,7 +169,7 @@ def test_flags_and_files(root: Path) -> None:
     assert "--kv-ram-gb" in unknown.stderr
     assert atlasd("--version").stdout.strip().endswith("0.1.0")
     assert atlasd("--device", "tpu").returncode == 2
-    assert atlasd("--threads", "-1").returncode == 2
+    assert atlasd("--threads", "-1").stderr == "atlasd: threads: expected int >= 0\n"
     (root / "bad.toml").write_text("kv-ram-bg = 3\n")
     bad = atlasd("--config", str(root / "bad.toml"))
     assert bad.returncode == 2

@@ -120,6 +120,12 @@ def test_up_says_what_runs_and_down_stops_it(root: Path) -> None:
         again = atlasctl("up", socket=root / "s")
         assert again.returncode == 0
         assert f"already running: pid {pid}".encode() in again.stdout
+        assert atlasctl("up", "--", "--threads", "1", socket=root / "s").returncode == 0
+        others = (("--model", "a/b"), ("--state-dir", "elsewhere"), ("--", "--threads", "2"))
+        for other in others:
+            refused = atlasctl("up", *other, socket=root / "s")
+            assert refused.returncode == 1
+            assert b"running already" in refused.stderr
         assert answer("down", socket=root / "s") == {"stopped": True, "pid": pid}
         assert not Path(f"/proc/{pid}/exe").exists()
     finally:
@@ -127,6 +133,26 @@ def test_up_says_what_runs_and_down_stops_it(root: Path) -> None:
         if with_pid.exists():
             os.kill(pid, 9)
     assert atlasctl("status", socket=root / "s").returncode == 3
+
+
+def test_a_daemon_takes_no_modules_from_the_directory_it_is_started_in(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("lmdb", "torch", "json"):
+        (root / f"{module}.py").write_text("raise SystemExit(f'{__file__} was imported')\n")
+    monkeypatch.chdir(root)
+    answer("up", "--state-dir", str(root / "state"), "--", "--threads", "1", socket=root / "s")
+    answer("down", socket=root / "s")
+
+
+def test_a_model_directory_is_looked_for_from_here(
+    shared_daemon: Daemon, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "here").mkdir()
+    monkeypatch.chdir(root)
+    refused = atlasctl("model", "load", "here", socket=shared_daemon.socket)
+    assert f"{root}/here/config.json is missing".encode() in refused.stderr
+    assert answer("status", socket=shared_daemon.socket)["engine_state"] == "ready"
 
 
 @pytest.mark.parametrize("name", ["", "x" * 201])

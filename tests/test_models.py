@@ -57,6 +57,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "other shapes": (lambda m: _edit(m / "config.json", intermediate_size=512), "of another model"),
     "no tokenizer": (lambda m: _cut(m / "tokenizer.json", 1000), "tokenizer"),
 }
+# Found when the running model is gone already; the rest leaves it alone.
+FOUND_BY_THE_ENGINE = {"unknown architecture", "code of its own", "other shapes", "no tokenizer"}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 @pytest.mark.parametrize("damage", BROKEN)
 def test_a_broken_model_is_a_typed_error(client: Client, root: Path, damage: str) -> None:
     breaks, said = BROKEN[damage]
+    failed = client.status().engine_state == "failed"
     model = _copy(root / "model")
     breaks(model)
     with pytest.raises(ErrorReply) as caught:
@@ -83,7 +86,7 @@ def test_a_broken_model_is_a_typed_error(client: Client, root: Path, damage: str
     assert caught.value.code is ErrorCode.NO_SUCH_MODEL
     assert said in caught.value.message
     assert caught.value.next_step
-    assert client.status().engine_state == "failed"
+    assert (client.status().engine_state == "failed") == (failed or damage in FOUND_BY_THE_ENGINE)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "no-such-thing", "../x", "a/b/c", ""])

@@ -8,6 +8,7 @@ import msgspec
 from atlas_client.errors import ErrorCode, ErrorReply
 from atlas_client.protocol import Error, ModelInfo, ModelLoad, ModelReply, ModelsReply, Ok, Progress
 
+from ..engine import hub as files
 from ..engine.messages import State
 from . import hub
 from .calls import Call
@@ -48,7 +49,8 @@ class Models:
         return msgspec.structs.replace(info, state=STATES.get(state.state, state.state), error=self.engine.error)
 
     def load(self, call: Call) -> None:
-        """MODEL.LOAD. Raises QUEUE_FULL while another switch waits."""
+        """MODEL.LOAD. Raises QUEUE_FULL while another switch waits, NO_SUCH_MODEL for a directory that plainly holds
+        none: the running model goes on then. What only the engine can find out ends it."""
         asked: ModelLoad = call.request
         if self._switch is not None or self._leave:
             raise ErrorReply(ErrorCode.QUEUE_FULL, "another model is about to be loaded or unloaded")
@@ -57,6 +59,8 @@ class Models:
         if same and self.engine.ready and state.model is not None:
             self.outbox.end(call.stream, ModelReply(state.model))
             return
+        if directory := files.local(asked.model):
+            files.check(directory)
         self._loading.append(call.stream)
         if same and state.state not in ("failed", "stopped", "ready"):
             self.on_state(state)

@@ -32,8 +32,8 @@ class Place:
         self.state_dir = state_dir
         if len(os.fsencode(public)) > MAX_IPC_PATH:
             raise PlaceError(f"socket path is longer than {MAX_IPC_PATH} bytes: {public}; choose another with --socket")
-        _directory(public.parent)
-        _directory(state_dir)
+        _directory(public.parent, "--socket")
+        _directory(state_dir, "--state-dir")
         self._locks = [_lock(public.with_name(public.name + ".lock"), f"socket {public}", "--socket")]
         try:
             self._locks.append(_lock(state_dir / "lock", f"state directory {state_dir}", "--state-dir"))
@@ -56,20 +56,20 @@ class Place:
             os.close(fd)
 
 
-def _directory(path: Path) -> None:
+def _directory(path: Path, flag: str) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except FileExistsError:
-        raise PlaceError(f"{path} is no directory") from None
+        raise PlaceError(f"{path} is no directory; give another with {flag}") from None
     except OSError as error:
-        raise PlaceError(f"{path}: {error.strerror}") from None
+        raise PlaceError(f"{path}: {error.strerror}; give another with {flag}") from None
 
 
 def _lock(path: Path, what: str, flag: str) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise PlaceError(f"{path}: {error.strerror}") from None
+        raise PlaceError(f"{path}: {error.strerror}; give another with {flag}") from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -104,6 +104,6 @@ def _run_dir(public: Path, state_dir: Path) -> Path:
     for path in (public.with_name(public.name + ".d"), state_dir / "run"):
         if len(os.fsencode(path)) + 10 <= _SUN_PATH:
             shutil.rmtree(path, ignore_errors=True)
-            _directory(path)
+            _directory(path, "--socket")
             return path
     return Path(tempfile.mkdtemp(prefix="atlasd-"))

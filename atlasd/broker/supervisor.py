@@ -138,7 +138,7 @@ class Supervisor:
         self.run_dir = run_dir
         self.context = context
         self.poller = poller
-        self.command = command or [sys.executable, "-m", "atlasd.engine"]
+        self.command = command or [sys.executable, "-P", "-m", "atlasd.engine"]  # no imports from the cwd
         self.model = config.model
         self.revision = config.revision
         self.state = State("stopped")
@@ -176,6 +176,7 @@ class Supervisor:
         """Starts an engine with a model, after the running one has stopped."""
         self.model, self.revision = model, revision
         self.policy.forget()
+        self.error = ""
         self._start_at = time.monotonic()
         if self._engine:
             self._begin_stop()

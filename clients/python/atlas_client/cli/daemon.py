@@ -16,6 +16,7 @@ import click
 from ..errors import DaemonUnavailable, ErrorCode, ErrorReply
 from ..paths import default_state_dir
 from .context import app, common
+from .options import model_name
 from .output import clean, emit
 from .status import engine
 
@@ -28,7 +29,7 @@ LOG_LINES = 15
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
-@click.option("--model", help="Model directory, hub id, or `demo`.")
+@click.option("--model", callback=model_name, help="Model directory, hub id, or `demo`.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Directory of sessions and pages [ATLAS_HOME].")
 @click.option("--wait/--no-wait", default=True, help="Wait for the model, or only for the daemon's answer.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=600.0, help="Seconds to wait [600].")
@@ -38,6 +39,7 @@ def up(model: str | None, state_dir: Path | None, wait: bool, timeout: float, fl
     """Start a daemon in the background; FLAGS after `--` are given to atlasd. Its log lies in the state directory."""
     running = _status()
     if running:
+        _fits(running, model, state_dir, flags)
         return _tell(running, started=False)
     state = (state_dir or default_state_dir()).absolute()
     log = state / "atlasd.log"
@@ -68,6 +70,32 @@ def down(timeout: float) -> None:
     _say({"stopped": True, "pid": found.pid}, f"stopped (pid {found.pid})")
 
 
+def _fits(found: StatusReply, model: str | None, state_dir: Path | None, flags: tuple[str, ...]) -> None:
+    """Raises ErrorReply when the running daemon is not the one that is asked for, or can't serve."""
+    again = "`atlasctl down`, then `atlasctl up` again"
+    running = f"a daemon (pid {found.pid}) is running already"
+    serves = found.model.name if found.model else "no model"
+    if model and model != serves:
+        raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"{running} with {serves}", f"`atlasctl model load {model}`")
+    if state_dir and state_dir.absolute() != Path(found.state_dir).absolute():
+        raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"{running} on {found.state_dir}", again)
+    if flags and _arguments(found.pid)[-len(flags) :] != flags:
+        raise ErrorReply(ErrorCode.INVALID_PARAMETER, f"{running} with other flags than {' '.join(flags)}", again)
+    if found.engine_state == "failed":
+        raise ErrorReply(
+            ErrorCode.ENGINE_DIED, f"{running}, its engine failed: {found.engine_error}",
+            f"mend that, then `atlasctl model load NAME`; or {again}",
+        )  # fmt: skip
+
+
+def _arguments(pid: int) -> tuple[str, ...]:
+    """The command line of a process; empty when it can't be read."""
+    try:
+        return tuple(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0"))
+    except OSError:
+        return ()
+
+
 def _status() -> StatusReply | None:
     """The daemon's status; None when none is running. Raises DaemonUnavailable when access is refused."""
     try:
@@ -92,6 +120,7 @@ def _spawn(state: Path, log: Path, extra: tuple[str, ...]) -> subprocess.Popen[b
         )
     command = [
         sys.executable,
+        "-P",  # a torch.py or lmdb.py in the directory this is called from is not the daemon's
         "-m",
         "atlasd",
         "--socket",
@@ -120,11 +149,16 @@ def _await(process: subprocess.Popen[bytes], log: Path, end: float, wait: bool) 
                 said = found.engine_state
                 _progress(f"engine {engine(found)}")
             if found.engine_state == "failed":
-                raise ErrorReply(ErrorCode.ENGINE_DIED, found.engine_error or "the engine failed", f"see {log}")
+                raise _failed(found, log)
             if found.engine_state == "ready" or not wait:
                 return found
         time.sleep(POLL_S)
     raise DaemonUnavailable("the daemon is not ready yet", f"see {log}; `atlasctl status` says how far it is")
+
+
+def _failed(found: StatusReply, log: Path) -> ErrorReply:
+    step = f"mend that, then `atlasctl model load NAME`; or `atlasctl down` and `up` again; the log is {log}"
+    return ErrorReply(ErrorCode.ENGINE_DIED, found.engine_error or "the engine failed", step)
 
 
 def _died(code: int, log: Path) -> DaemonUnavailable:

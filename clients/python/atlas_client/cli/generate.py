@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .context import app, common
-from .options import sampling
+from .options import model_name, sampling
 from .output import Writer, clean, emit, plain
 from .reply import follow, usage_line
 from .text import prompt as read_prompt
@@ -25,7 +25,7 @@ FIELDS = (
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
 @click.option("-s", "--session", help="Continue this session; it is made when it does not exist.")
 @click.option("-v", "--verbose", is_flag=True, help="Print tokens and times on standard error, not only on a terminal.")
-@click.option("--model", help="Refuse unless this model is loaded.")
+@click.option("--model", callback=model_name, help="Refuse unless this model is loaded.")
 @click.option("--deadline-ms", type=click.IntRange(min=1), help="Give up after this many milliseconds.")
 @click.option("--retries", type=click.IntRange(min=0), default=0, help="Send again after an error that may pass.")
 @sampling

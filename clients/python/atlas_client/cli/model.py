@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .context import Group, app, common
+from .options import model_name
 from .output import clean, emit, size, table
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def list_() -> None:
 
 
 @model.command()
-@click.argument("name")
+@click.argument("name", callback=model_name)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @common
 def load(name: str, revision: str | None) -> None:

@@ -1,8 +1,9 @@
-"""The sampling flags of `generate` and `chat`."""
+"""Options that several commands have: the sampling flags of `generate` and `chat`, a model's name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -20,6 +21,13 @@ def _bias(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) ->
         except ValueError:
             raise click.BadParameter(f"{pair!r} is not TOKEN_ID=VALUE") from None
     return bias
+
+
+def model_name(ctx: click.Context, param: click.Parameter, given: str | None) -> str | None:
+    """A model's name as the daemon, in its own directory, understands it: a directory here gets its whole path."""
+    if given and given != "demo" and Path(given).expanduser().is_dir():
+        return str(Path(given).expanduser().absolute())
+    return given
 
 
 _OPTIONS = [
