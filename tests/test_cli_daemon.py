@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
-from cli_support import Terminal, answer, atlasctl
+from cli_support import ATLASCTL, Terminal, answer, atlasctl
 from conftest import Daemon
 
 PROMPT = "def read_lines(path):\n"
@@ -153,6 +154,35 @@ def test_a_model_directory_is_looked_for_from_here(
     refused = atlasctl("model", "load", "here", socket=shared_daemon.socket)
     assert f"{root}/here/config.json is missing".encode() in refused.stderr
     assert answer("status", socket=shared_daemon.socket)["engine_state"] == "ready"
+
+
+def test_an_archive_is_written_to_a_pipe_and_through_a_link_not_in_their_place(
+    shared_daemon: Daemon, root: Path
+) -> None:
+    socket, pipe, link, file = shared_daemon.socket, root / "pipe", root / "link", root / "file"
+    answer("generate", PROMPT, "-s", "cli piped", "-n", "2", socket=socket)
+    os.mkfifo(pipe)
+    link.symlink_to(file)
+    answer("session", "export", "cli piped", "-o", str(link), socket=socket)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        answer("session", "export", "cli piped", "-o", str(pipe), socket=socket)
+        assert os.read(reader, 1 << 20) == file.read_bytes()
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    answer("session", "delete", "cli piped", socket=socket)
+
+
+@pytest.mark.parametrize("command", [("generate", PROMPT, "-n", "2"), ("session", "list"), ("status", "--json")])
+def test_a_full_disk_under_the_output_is_no_traceback(shared_daemon: Daemon, command: tuple[str, ...]) -> None:
+    environment = {**os.environ, "ATLAS_SOCKET": str(shared_daemon.socket)}
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run([*ATLASCTL, *command], stdout=full, stderr=subprocess.PIPE, env=environment, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(b"atlasctl: OUTPUT: standard output: No space left on device")
+    assert b"Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("name", ["", "x" * 201])

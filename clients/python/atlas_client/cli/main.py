@@ -6,6 +6,7 @@ object on standard output: its result, or {"error": {code, message, retryable, n
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -18,6 +19,7 @@ from ..errors import AtlasError, DaemonUnavailable, ErrorCode, ErrorReply
 from .context import Group, common
 
 OK, ERROR, USAGE, NO_DAEMON, REFUSED, CANCELLED = 0, 1, 2, 3, 4, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what writing to standard output may end with
 
 COMMANDS = {
     "generate": "Complete a prompt, in a session or without one.",
@@ -71,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _mute() or code
+    except OSError as error:
+        code = _lost(error)
     sys.exit(code)
 
 
@@ -87,6 +91,18 @@ def run(args: list[str]) -> int:
         return _report(CANCELLED, "CANCELLED", "cancelled", "", False, as_json)
     except AtlasError as error:
         return _failed(error, as_json)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return _lost(error)
+
+
+def _lost(error: OSError) -> int:
+    """Standard output can't be written to: an error in JSON would be lost too, so it goes to standard error as text."""
+    _mute()
+    return _report(
+        ERROR, "OUTPUT", f"standard output: {error.strerror}", "free space, or write elsewhere", False, False
+    )
 
 
 def _mute() -> int:

@@ -202,9 +202,14 @@ def _one_at_most(name: str, value: object, other: str, other_value: object) -> N
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all. Raises click.UsageError when it can't be written."""
+    """Writes a file whole or not at all; a device or pipe is written to, never replaced, and a link is followed.
+    Raises click.UsageError when it can't be written."""
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
