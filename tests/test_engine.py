@@ -109,6 +109,7 @@ def test_generation_ends_at_the_end_of_the_context(client: Client) -> None:
         {"prompt": "a", "stop": [""]},
         {"prompt": "a", "logit_bias": {5000: 1.0}},
         {"prompt": "a", "session": "tab\there"},
+        {"prompt": "a", "session": "a\u202eb"},
     ],
 )
 def test_invalid_parameters(client: Client, request_: dict[str, Any]) -> None:
@@ -308,3 +309,27 @@ def test_time_to_first_token_counts_from_the_broker(client: Client) -> None:
     done = client.generate(CODE[:3000], max_tokens=2).result
     assert 0 < done.timings.ttft_ms <= 1e3 * (time.monotonic() - began)
     assert done.timings.prefill_ms <= done.timings.ttft_ms
+
+
+def test_pages_come_back_from_the_ram_tier(daemon: Daemon) -> None:
+    """A device pool of 24 pages, a RAM tier, no disk: three sessions push each other out and go on unchanged."""
+    daemon.flags[daemon.flags.index("--kv-ram-gb") + 1] = "0.1"
+    daemon.flags += ["--kv-vram-gb", "0.009", "--kv-disk-path", "none"]
+    daemon.start()
+    with Client(daemon.socket) as client:
+        prompts = [[(n * 31 + i * 7) % 4000 + 7 for i in range(900)] for n in range(3)]
+        for n, prompt in enumerate(prompts):
+            client.session(f"s{n}").append(tokens=prompt)
+        done = client.generate(tokens=[9], session="s0", max_tokens=20, temperature=0, ignore_eos=True).result
+        assert done.usage.restored > 800
+        assert not done.kv_durable
+        names = [tier.name for tier in client.status().tiers]
+        assert names == ["device", "host"]
+    daemon.kill()
+    daemon.start(extra=("--kv-vram-gb", "1"))
+    with Client(daemon.socket) as client:
+        fresh = client.generate(tokens=[*prompts[0], 9], max_tokens=20, temperature=0, ignore_eos=True).result
+        assert fresh.usage.restored == 0
+        assert fresh.tokens == done.tokens
+        again = client.generate(tokens=[9], session="s1", max_tokens=5, temperature=0, ignore_eos=True).result
+        assert "memory only" in again.reset_reason

@@ -120,6 +120,9 @@ def unpack(ids: bytes) -> list[int]:
     return memoryview(ids).cast("I").tolist() if ids else []
 
 
+BIDI_CONTROLS = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))  # Unicode TR 9, 3.2
+
+
 def check_name(name: str) -> str:
     """The name, if it may name a session. Raises INVALID_PARAMETER."""
     problem = ""
@@ -127,6 +130,8 @@ def check_name(name: str) -> str:
         problem = "is empty or begins or ends with white space"
     elif any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name):
         problem = "holds a control character"
+    elif any(unicodedata.bidirectional(char) in BIDI_CONTROLS for char in name):
+        problem = "holds a character that changes the direction of what follows"
     elif len(name.encode()) > 200:
         problem = "is longer than 200 bytes"
     if problem:

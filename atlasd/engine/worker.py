@@ -126,10 +126,8 @@ class Worker:
             raise ErrorReply(ErrorCode.INVALID_PARAMETER, "the prompt is empty")
         limit = self.loaded.max_context
         if base + (0 if message.append_only else 1) > limit:
-            raise ErrorReply(
-                ErrorCode.CONTEXT_OVERFLOW,
-                f"{len(history)} tokens of the session and {len(prompt)} of the prompt do not fit into {limit}",
-            )
+            past = f" after {len(history)} of the session" if history else ""
+            raise ErrorReply(ErrorCode.CONTEXT_OVERFLOW, f"{len(prompt)} tokens{past} do not fit into {limit}")
         if base + 1 > self.pool_tokens:
             raise ErrorReply(
                 self._memory_code, f"{base} tokens do not fit into the {self.pool_tokens} that pages are there for"
