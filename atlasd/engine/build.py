@@ -17,6 +17,7 @@ from atlas_tiers.store import TieredStore
 
 from atlasd.config import Config
 
+from . import selftest
 from .link import Link
 from .messages import EngineSpec
 from .model import LoadedModel, Report, load
@@ -36,6 +37,7 @@ def build_worker(spec: EngineSpec, directory: Path, config: Config, link: Link, 
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     torch.set_grad_enabled(False)
     loaded = load(spec.model, directory, config, report)
+    selftest.check(loaded)
     info = loaded.info
     log.info("%s on %s (%s), %d layers quantized", info.architecture, info.device, info.dtype, info.layers_quantized)
     return Worker(loaded, open_store(loaded, config), link, config)

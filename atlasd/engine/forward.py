@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-from atlas_tiers.base import KVStore
+from atlas_tiers.base import PageLayout
 
 from atlasd.quant.linear import QuantizedLinear
 
@@ -29,10 +30,19 @@ class Piece:
     sample: bool
 
 
+class Slabs(Protocol):
+    """Where K/V lies: what a pass needs of a KVStore."""
+
+    @property
+    def layout(self) -> PageLayout: ...
+    @property
+    def slabs(self) -> list[torch.Tensor]: ...
+
+
 class Forward:
     """Runs the model on pieces. Blocks for all tokens must have been reserved."""
 
-    def __init__(self, loaded: LoadedModel, store: KVStore) -> None:
+    def __init__(self, loaded: LoadedModel, store: Slabs) -> None:
         self._loaded = loaded
         self._store = store
         kinds = (torch.nn.Linear, QuantizedLinear)

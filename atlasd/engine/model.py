@@ -60,7 +60,7 @@ def load(name: str, directory: Path, config: Config, report: Report) -> LoadedMo
     dtype = choose_dtype(config.dtype, family, device)
     model = _read(directory, family, way, dtype, device, config, report)
     tokenizer = _tokenizer(directory)
-    groups = _probe(model, way, device)
+    way, groups = _way_and_groups(model, way, device)
     layout = PageLayout(groups, str(dtype).removeprefix("torch."))
     return _describe(name, directory, raw, model, tokenizer, device, layout, way, config)
 
@@ -141,6 +141,17 @@ def _tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as for configurations
         raise ErrorReply(ErrorCode.NO_SUCH_MODEL, f"{directory}: tokenizer: {error}", "fetch the model again") from None
+
+
+def _way_and_groups(model: PreTrainedModel, way: str, device: torch.device) -> tuple[str, tuple[KVGroup, ...]]:
+    """A model that does not pass the step on to its attention is tried with a Cache instead."""
+    try:
+        return way, _probe(model, way, device)
+    except ErrorReply:
+        if way == "cache":
+            raise
+        model.set_attn_implementation("eager")
+        return "cache", _probe(model, "cache", device)
 
 
 @torch.inference_mode()
