@@ -203,32 +203,9 @@ def _describe(
     way: str,
     config: Config,
 ) -> LoadedModel:
-    memory = Path(config.state_dir) / "fingerprints.json"
-    fingerprint = identity.digest(
-        identity.weights(hub.weight_files(directory), memory), json.dumps(raw, sort_keys=True)
-    )
-    quantized = getattr(model, "atlas_quantization", None)
-    recipe = f"{config.quant}/{config.quant_block_size}/{config.quant_z_threshold}" if quantized else "none"
+    info = _info(name, directory, raw, model, device, layout, config)
     tokenizer_id = identity.tokenizer(directory)
     defaults = _defaults(directory)
-    max_context = _max_context(model.config, config.max_context)
-    parameters = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    info = ModelInfo(
-        name=name,
-        state="ready",
-        path=str(directory),
-        architecture=type(model).__name__,
-        fingerprint=fingerprint,
-        quantization=recipe,
-        layers_quantized=quantized.replaced if quantized else 0,
-        layers_kept=len(quantized.kept) if quantized else 0,
-        weight_bytes=sum(parameters.values()),
-        kv_bytes_per_token=layout.bytes_per_token,
-        max_context=max_context,
-        vocab_size=int(model.config.vocab_size),
-        device=str(device),
-        dtype=layout.dtype,
-    )
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -237,13 +214,44 @@ def _describe(
         layers=int(model.config.num_hidden_layers),
         attention=way,
         takes_positions="position_ids" in inspect.signature(model.forward).parameters,
-        max_context=max_context,
-        vocab=int(model.config.vocab_size),
+        max_context=info.max_context,
+        vocab=info.vocab_size,
         eos=_eos(defaults, model.config),
         defaults=defaults,
-        identity=identity.digest(fingerprint, recipe, tokenizer_id, layout.describe(), device.type),
+        identity=identity.digest(info.fingerprint, info.quantization, tokenizer_id, layout.describe(), device.type),
         tokenizer_id=tokenizer_id,
         info=info,
+    )
+
+
+def _info(
+    name: str,
+    directory: Path,
+    raw: dict[str, Any],
+    model: PreTrainedModel,
+    device: torch.device,
+    layout: PageLayout,
+    config: Config,
+) -> ModelInfo:
+    memory = Path(config.state_dir) / "fingerprints.json"
+    content = identity.weights(hub.weight_files(directory), memory)
+    quantized = getattr(model, "atlas_quantization", None)
+    parameters = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    return ModelInfo(
+        name=name,
+        state="ready",
+        path=str(directory),
+        architecture=type(model).__name__,
+        fingerprint=identity.digest(content, json.dumps(raw, sort_keys=True)),
+        quantization=f"{config.quant}/{config.quant_block_size}/{config.quant_z_threshold}" if quantized else "none",
+        layers_quantized=quantized.replaced if quantized else 0,
+        layers_kept=len(quantized.kept) if quantized else 0,
+        weight_bytes=sum(parameters.values()),
+        kv_bytes_per_token=layout.bytes_per_token,
+        max_context=_max_context(model.config, config.max_context),
+        vocab_size=int(model.config.vocab_size),
+        device=str(device),
+        dtype=layout.dtype,
     )
 
 
