@@ -150,7 +150,7 @@ class Engine:
                 started = sum(run.started for run in self.runs.copy().values())
                 tier = TierUsage("device", 10, 10, 0, 0, 1, 0, 10)
                 beat = Beat(
-                    steps=self.steps, running=started, waiting=0, rss_bytes=1, tiers=[tier],
+                    steps=self.steps, running=started, waiting=0, tiers=[tier],
                     counters={"persisted": self.persisted}, warnings=["scripted"],
                 )  # fmt: skip
                 self.control.send(encode(beat))

@@ -239,13 +239,13 @@ def test_pulse() -> None:
     assert not pulse.problem(FIRST_SIGN_S - 1)
     assert pulse.problem(FIRST_SIGN_S + 1)
     for second in range(1, 10):
-        pulse.take(Beat(steps=5, running=0, waiting=0, rss_bytes=1), float(second))
+        pulse.take(Beat(steps=5, running=0, waiting=0), float(second))
     assert not pulse.problem(9.5)
     assert "heartbeat" in pulse.problem(10.5)
     for second in range(10, 15):
-        pulse.take(Beat(steps=5, running=1, waiting=0, rss_bytes=1), float(second))
+        pulse.take(Beat(steps=5, running=1, waiting=0), float(second))
     assert "no step" in pulse.problem(14.5)
-    pulse.take(Beat(steps=6, running=1, waiting=0, rss_bytes=1), 15.0)
+    pulse.take(Beat(steps=6, running=1, waiting=0), 15.0)
     assert not pulse.problem(15.5)
 
 

@@ -19,7 +19,7 @@ from atlas_client.protocol import Error
 from atlasd.config import Config
 
 from . import hub
-from .link import Link, rss_bytes
+from .link import Link
 from .messages import Beat, EngineSpec, State
 
 if TYPE_CHECKING:
@@ -43,12 +43,11 @@ class Pulse:
     def __call__(self) -> Beat:
         worker = self.worker
         if worker is None:
-            return Beat(steps=0, running=0, waiting=0, rss_bytes=rss_bytes())
+            return Beat(steps=0, running=0, waiting=0)
         return Beat(
             steps=worker.steps + worker.forward.layers,
             running=len(worker.scheduler.running),
             waiting=len(worker.scheduler.waiting),
-            rss_bytes=rss_bytes(),
             tiers=worker.tiers(),
             counters=worker.store.counters(),
             warnings=worker.store.warnings,

@@ -6,7 +6,6 @@ The control socket belongs to a thread of its own, so that cancels arrive and be
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -94,9 +93,3 @@ class Link:
 def encode(body: Any) -> bytes:
     """A client message's body, to be relayed."""
     return _encoder.encode(body)
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

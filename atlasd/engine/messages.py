@@ -59,7 +59,6 @@ class Cancel(msgspec.Struct, tag="cancel"):
 
 
 ToEngine = Submit | Persist | Shutdown
-ToEngineControl = Cancel
 
 
 # --- engine to broker -------------------------------------------------------------------------------
@@ -125,7 +124,6 @@ class Beat(msgspec.Struct, tag="beat", kw_only=True):
     steps: int  # main-loop turns and attention layers so far: unchanged while requests run means hung
     running: int
     waiting: int
-    rss_bytes: int
     tiers: list[TierUsage] = []
     counters: dict[str, int] = {}
     warnings: list[str] = []
