@@ -11,33 +11,20 @@ Both record each layer's K/V shape when the step is a `Probe`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from atlas_kernels.attention import attend
+from atlas_kernels import kv
+from atlas_kernels.attention import Merged, Variant, attend, partial, seeing
 from atlas_tiers.base import BLOCK_TOKENS, KVGroup
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
+from .context import Pages, Reader, Span, key_splits
+
 NAME = "atlas"
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """One session's part of a step: rows [start, stop) of the batch are positions [first, first + stop - start)."""
-
-    start: int
-    stop: int
-    first: int
-    blocks: torch.Tensor  # int64 block ids covering [0, length)
-
-    @property
-    def length(self) -> int:
-        """Context tokens once this step's are appended."""
-        return self.first + self.stop - self.start
 
 
 class Sink(Protocol):
@@ -46,61 +33,71 @@ class Sink(Protocol):
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """key, value: [kv_heads, rows, head_dim] of the whole batch."""
 
-    def attend(self, layer: int, query: torch.Tensor, **variant: Any) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, variant: Variant) -> torch.Tensor:
         """query [heads, rows, head_dim] → [rows, heads, head_dim]."""
 
 
 class Step:
-    """A forward pass over `spans`: writes K/V to the slabs and attends over each span's pages."""
+    """A forward pass over `spans`: writes K/V to the device pool's blocks and attends over each span's pages."""
 
-    def __init__(
-        self,
-        slabs: list[torch.Tensor],
-        groups: tuple[KVGroup, ...],
-        spans: list[Span],
-        on_layer: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, pages: Pages, spans: list[Span], on_layer: Callable[[], None] = lambda: None) -> None:
         self.spans = spans
+        self._pages = pages.pages
         self._on_layer = on_layer
-        self._slots = {
-            layer: (slab, i) for slab, g in zip(slabs, groups, strict=True) for i, layer in enumerate(g.layers)
-        }
-        device = slabs[0].device
+        self._windows = {layer: group.window for group in pages.layout.groups for layer in group.layers}
+        device = spans[0].blocks.device
         positions = [torch.arange(s.first, s.length, device=device) for s in spans]
         self._block = torch.cat([s.blocks[p // BLOCK_TOKENS] for s, p in zip(spans, positions, strict=True)])
         self._offset = torch.cat(positions) % BLOCK_TOKENS
+        self._reader = Reader(pages, spans)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self._on_layer()
-        slab, index = self._slots[layer]
-        pages = slab[:, index]  # [blocks, 2, kv_heads, BLOCK_TOKENS, head_dim]
-        pages[self._block, 0, :, self._offset] = key.transpose(0, 1)
-        pages[self._block, 1, :, self._offset] = value.transpose(0, 1)
+        to = self._pages[layer]
+        kv.append(to.values, to.scales, self._block, self._offset, key, value)
 
-    def gather(self, layer: int, span: Span, since: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V [kv_heads, span.length - since, head_dim]; `since` is a multiple of BLOCK_TOKENS."""
-        slab, index = self._slots[layer]
-        blocks = span.blocks[since // BLOCK_TOKENS : (span.length + BLOCK_TOKENS - 1) // BLOCK_TOKENS]
-        pages = slab[:, index].permute(1, 2, 0, 3, 4).index_select(2, blocks)
-        kv = pages.flatten(2, 3)[:, :, : span.length - since]
-        return kv[0], kv[1]
+    def context(self, layer: int, span: Span, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """All of a span's K and V, [kv_heads, length, head_dim]."""
+        parts = [self._reader.gather(layer, span, keys, dtype) for keys in key_splits(span, None)]
+        k, v = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return k, v
 
-    def attend(self, layer: int, query: torch.Tensor, **variant: Any) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, variant: Variant) -> torch.Tensor:
+        if variant.window != self._windows[layer]:
+            raise ValueError(f"layer {layer} has window {variant.window}, had {self._windows[layer]} when it was probed")
         heads, rows, dim = query.shape
         out = query.new_empty(rows, heads, dim)
         for span in self.spans:
-            window = variant.get("window")
-            first_seen = max(0, span.first - window + 1) if window else 0
-            k, v = self.gather(layer, span, first_seen // BLOCK_TOKENS * BLOCK_TOKENS)
-            out[span.start : span.stop] = attend(query[:, span.start : span.stop], k, v, **variant).transpose(0, 1)
+            mine = query[:, span.start : span.stop]
+            out[span.start : span.stop] = self._attend(layer, span, mine, variant).transpose(0, 1)
         return out
+
+    def _attend(self, layer: int, span: Span, query: torch.Tensor, variant: Variant) -> torch.Tensor:
+        """[heads, rows, head_dim]. In splits, so that the result is the same wherever the pages lie; on an accelerator
+        with all pages at hand the fused kernel does it at once, and the two agree up to rounding."""
+        parts = key_splits(span, variant.window)
+        if query.device.type != "cpu" and span.resident:
+            keys = range(parts[0].start, span.length)
+            return attend(query, *self._reader.gather(layer, span, keys, query.dtype), variant)
+        merged = Merged(query.shape[0], span.positions, query.shape[2], query.device)
+        for keys in parts:
+            rows = seeing(span.positions, keys, variant)
+            mine = query[:, rows.start - span.first : rows.stop - span.first]
+            k, v = self._reader.gather(layer, span, keys, query.dtype)
+            merged.add(rows, *partial(mine, k, v, rows, keys, variant))
+        return merged.result(variant)
+
+    def close(self) -> None:
+        """Ends what is being read ahead."""
+        self._reader.close()
 
 
 class Probe:
-    """Records what each layer offers, computing nothing: [kv_heads, head_dim] by layer."""
+    """Records what each layer offers, computing nothing: [kv_heads, head_dim] and the window by layer."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int]] = {}
+        self.windows: dict[int, int | None] = {}
         self.problems: list[str] = []
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -110,15 +107,16 @@ class Probe:
             self.problems.append(f"layer {layer}: K {tuple(key.shape)} and V {tuple(value.shape)} differ")
         self.shapes[layer] = (key.shape[0], key.shape[2])
 
-    def attend(self, layer: int, query: torch.Tensor, **variant: Any) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, variant: Variant) -> torch.Tensor:
+        self.windows[layer] = variant.window
         return torch.zeros_like(query).transpose(0, 1)
 
     def groups(self) -> tuple[KVGroup, ...]:
-        """Layers of one shape share a slab."""
-        kinds = sorted(set(self.shapes.values()))
-        return tuple(
-            KVGroup(tuple(sorted(n for n, shape in self.shapes.items() if shape == kind)), *kind) for kind in kinds
-        )
+        """Layers of one shape and window share a slab; those that attend to everything come first."""
+        layers: dict[tuple[int, int, int], list[int]] = {}
+        for layer, shape in sorted(self.shapes.items()):
+            layers.setdefault((self.windows.get(layer) or 0, *shape), []).append(layer)
+        return tuple(KVGroup(tuple(layers[kind]), *kind[1:], kind[0] or None) for kind in sorted(layers))
 
 
 def atlas_attention(
@@ -139,8 +137,7 @@ def atlas_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     step.append(layer, key[0], value[0])
-    out = step.attend(layer, query[0], scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
-    return out[None], None
+    return step.attend(layer, query[0], Variant(scale, sliding_window, softcap, s_aux))[None], None
 
 
 def register() -> None:
@@ -169,7 +166,7 @@ class _PagedLayer(CacheLayerMixin):
         self._length += key_states.shape[2]
         if not isinstance(self._step, Step):
             return key_states, value_states
-        k, v = self._step.gather(self._layer, self._step.spans[0])
+        k, v = self._step.context(self._layer, self._step.spans[0], key_states.dtype)
         return k[None], v[None]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
-from atlas_tiers.base import PageLayout
+from atlas_tiers.held import Held
 
 from atlasd.quant.linear import QuantizedLinear
 
-from .attention import Span, Step, paged_cache
+from .attention import Step, paged_cache
+from .context import Pages, span
 from .model import LoadedModel
 
 # A pass whose operations are small runs on one CPU thread: waking a second one for each costs more than it saves.
@@ -22,27 +22,21 @@ SMALL_WORK = 1 << 24  # weights times rows
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Tokens of one session at positions [first, first + len(tokens)); `sample`: the last row's logits are wanted."""
+    """Tokens of one session at positions [first, first + len(tokens)); `sample`: the last row's logits are wanted.
+    `block_table` and `away` as in KVSequence."""
 
     tokens: Sequence[int]
     first: int
     block_table: Sequence[int]
     sample: bool
-
-
-class Slabs(Protocol):
-    """Where K/V lies: what a pass needs of a KVStore."""
-
-    @property
-    def layout(self) -> PageLayout: ...
-    @property
-    def slabs(self) -> list[torch.Tensor]: ...
+    away: Mapping[int, Held] = dataclasses.field(default_factory=dict)
 
 
 class Forward:
-    """Runs the model on pieces. Blocks for all tokens must have been reserved."""
+    """Runs the model on pieces. Blocks for all tokens must have been reserved. A pass raises PageDamaged when a page
+    that is away can't be read; its tokens may then be computed again."""
 
-    def __init__(self, loaded: LoadedModel, store: Slabs) -> None:
+    def __init__(self, loaded: LoadedModel, store: Pages) -> None:
         self._loaded = loaded
         self._store = store
         kinds = (torch.nn.Linear, QuantizedLinear)
@@ -64,17 +58,19 @@ class Forward:
         spans, rows, start = [], [], 0
         for piece in pieces:
             stop = start + len(piece.tokens)
-            blocks = torch.tensor(piece.block_table, dtype=torch.int64, device=device)
-            spans.append(Span(start, stop, piece.first, blocks))
+            spans.append(span(start, stop, piece.first, piece.block_table, piece.away, self._store, device))
             if piece.sample:
                 rows.append(stop - 1)
             start = stop
         ids = torch.tensor([[t for piece in pieces for t in piece.tokens]], dtype=torch.int64, device=device)
         positions = torch.cat([torch.arange(s.first, s.length, device=device) for s in spans])[None]
-        step = Step(self._store.slabs, self._store.layout.groups, spans, self._count_layer)
         # One row at least: some heads reject an empty selection. The surplus is cut off below.
         keep = torch.tensor(rows or [start - 1], dtype=torch.int64, device=device)
-        logits = self._model(ids, positions, step, keep)
+        step = Step(self._store, spans, self._count_layer)
+        try:
+            logits = self._model(ids, positions, step, keep)
+        finally:
+            step.close()
         return logits[0, : len(rows)].float()
 
     def _threads_for(self, rows: int) -> int:

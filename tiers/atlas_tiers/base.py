@@ -12,23 +12,28 @@ reference it is a cache entry that may be evicted). free + open + sealed = total
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    import torch
+    from .held import Held
+    from .stream import Pass, Want
+    from .tensors import LayerPages
 
 BLOCK_TOKENS = 64
 LAYOUT_VERSION = 1
+SCALE_BYTES = 2  # float16, of int8 values
 
 
 @dataclasses.dataclass(frozen=True)
 class KVGroup:
-    """Layers whose K and V have one shape. Device slab: [blocks, len(layers), 2, kv_heads, BLOCK_TOKENS, head_dim]."""
+    """Layers whose K and V have one shape. Device slab: [blocks, len(layers), 2, kv_heads, BLOCK_TOKENS, head_dim].
+    `window`: each row attends to the last `window` tokens only; None: to all."""
 
     layers: tuple[int, ...]
     kv_heads: int
     head_dim: int
+    window: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +41,28 @@ class PageLayout:
     """How a page's bytes are laid out: the groups' slab rows one after the other, C order, little endian."""
 
     groups: tuple[KVGroup, ...]
-    dtype: str  # "float32" | "float16" | "bfloat16"
+    dtype: str  # "float32" | "float16" | "bfloat16" | "int8"
 
     @property
     def item_bytes(self) -> int:
-        return 4 if self.dtype == "float32" else 2
+        return {"float32": 4, "int8": 1}.get(self.dtype, 2)
+
+    def layer_bytes(self, group: KVGroup) -> int:
+        """Bytes of one layer of one block: values [2, kv_heads, BLOCK_TOKENS, head_dim]; for int8 then float16 scales
+        [2, kv_heads, BLOCK_TOKENS], each for one token's head."""
+        vectors = 2 * group.kv_heads * BLOCK_TOKENS
+        return vectors * (group.head_dim * self.item_bytes + (SCALE_BYTES if self.dtype == "int8" else 0))
 
     @property
     def group_bytes(self) -> tuple[int, ...]:
         """Bytes of one block in each group's slab."""
-        return tuple(len(g.layers) * 2 * g.kv_heads * BLOCK_TOKENS * g.head_dim * self.item_bytes for g in self.groups)
+        return tuple(len(g.layers) * self.layer_bytes(g) for g in self.groups)
+
+    @property
+    def window(self) -> int | None:
+        """The longest window, if every layer has one: older tokens are of no use then. None: all tokens are."""
+        windows = [group.window for group in self.groups]
+        return max(w for w in windows if w) if all(windows) else None
 
     @property
     def page_bytes(self) -> int:
@@ -57,8 +74,13 @@ class PageLayout:
 
     def describe(self) -> str:
         """Canonical text: part of the identity, so pages of another layout are never found."""
-        groups = ";".join(f"{','.join(map(str, g.layers))}:{g.kv_heads}x{g.head_dim}" for g in self.groups)
+        groups = ";".join(_describe(group) for group in self.groups)
         return f"v{LAYOUT_VERSION}/{BLOCK_TOKENS}/{self.dtype}/{groups}"
+
+
+def _describe(group: KVGroup) -> str:
+    window = f"w{group.window}" if group.window else ""
+    return f"{','.join(map(str, group.layers))}:{group.kv_heads}x{group.head_dim}{window}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +146,10 @@ class OutOfBlocks(Exception):
     """The device pool has no block left that could be freed: all are held by running sequences."""
 
 
+class BlocksComing(OutOfBlocks):
+    """Not now: blocks will be free when pages have been written that are on their way to disk."""
+
+
 @dataclasses.dataclass
 class Ticket:
     """A write on its way. Set by the writer thread, read by the engine's loop."""
@@ -137,16 +163,21 @@ class Ticket:
 class KVSequence(Protocol):
     """One running sequence's pages. Engine thread only. States: restoring, ready, released."""
 
-    block_table: list[int]  # device blocks, in order; valid to attend over [0, length) once ready
+    block_table: list[int]  # device blocks, in order, AWAY (-1) for a page in `away`; valid over [0, length) once ready
     length: int  # tokens whose K/V is in the blocks
     reused: int  # tokens found in the device pool
     restored: int  # tokens brought from the host tier or disk
     reset_reason: str  # why the usable prefix ended before the last token offered; "" when nothing was lost
     ready: bool
 
+    @property
+    def away(self) -> Mapping[int, Held]:
+        """By position: pages that are read from a lower tier in every pass."""
+        ...
+
     def reserve(self, count: int) -> None:
-        """Makes room for `count` more tokens: evicts cached pages, extends block_table. Raises OutOfBlocks, changing
-        nothing."""
+        """Makes room for `count` more tokens: evicts cached pages, sends running sequences' pages away, extends
+        block_table. Raises OutOfBlocks (BlocksComing: try again when pages have been written), not extending it."""
         ...
 
     def commit(self, tokens: Sequence[int]) -> None:
@@ -168,11 +199,22 @@ class KVStore(Protocol):
     """The engine's one handle on all tiers. Engine thread only; its own threads read and write pages."""
 
     layout: PageLayout
-    slabs: list[torch.Tensor]  # one a group: [blocks, layers, 2, kv_heads, BLOCK_TOKENS, head_dim]
+    pages: dict[int, LayerPages]  # by layer: the device pool's blocks
+    host_pages: dict[int, LayerPages]  # by layer: the RAM tier's places, where attention may read them in place
 
     def open(self, tokens: Sequence[int], owner: str, *, durable: bool) -> KVSequence:
         """Begins a sequence that will hold `tokens`. Finds the longest usable prefix of tokens[:-1] over all tiers (one
         token at least is left to compute), pins what is resident, starts reading the rest. Raises OutOfBlocks."""
+        ...
+
+    def read_ahead(self, wants: Sequence[Want]) -> Pass:
+        """Starts bringing layer slices of away pages for one forward pass, in order. Raises PageDamaged later, in
+        take(); close() ends the pass."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one sequence can have at most, over all tiers."""
         ...
 
     def poll(self) -> None:

@@ -85,6 +85,17 @@ class Catalog(Generic[Place]):
             self.unpin(entry)
         return entry.page.header
 
+    @property
+    def capacity(self) -> int:
+        """Pages that it can hold."""
+        raise RuntimeError("a catalog has no places")  # pragma: no cover - the tiers say how
+
+    def load_parts(self, entry: Entry[Place], first: int, last: int, into: memoryview) -> None:
+        raise RuntimeError("TEMP")
+
+    def verify(self, entry: Entry[Place]) -> None:
+        raise RuntimeError("TEMP")
+
     def load(self, entry: Entry[Place], sink: Sink) -> None:
         """Verifies a pinned page and hands its payload to `sink`, valid during the call.
         Raises PageDamaged; the page is then dropped and `sink` was not called."""

@@ -1,4 +1,4 @@
-"""The device pool's memory: one slab a group, copies between blocks and payloads. The one file that imports torch."""
+"""The device pool's memory: one slab a group, copies between blocks and payloads."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ import ctypes
 
 import torch
 
-from .base import BLOCK_TOKENS, KVGroup, PageLayout
+from .base import PageLayout
 from .memory import address, aligned_buffer, prefault
+from .tensors import LayerPages, group_layers
 
 PREFAULT_BYTES = 128 << 20  # of each slab's beginning, where blocks are taken from first
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 class DeviceMemory:
-    """Slabs [blocks, layers, 2, kv_heads, BLOCK_TOKENS, head_dim], zero at first, so that what lies beyond a sequence's
-    length is always finite. A payload is the groups' rows of one block, one after the other. Copies may run on any
-    thread."""
+    """Slabs of raw bytes [blocks, group_bytes], zero at first, so that what lies beyond a sequence's length is always
+    finite. A payload is the groups' rows of one block, one after the other. Copies may run on any thread."""
 
     def __init__(self, layout: PageLayout, blocks: int, device: str) -> None:
         """Raises OSError or torch.OutOfMemoryError when there is not that much memory."""
         self._layout = layout
         self._on_cpu = torch.device(device).type == "cpu"
-        self.slabs = [_slab(layout, group, blocks, device, self._on_cpu) for group in layout.groups]
-        rows = [slab.flatten(1).view(torch.uint8) for slab in self.slabs]
-        self._rows = rows  # [blocks, group_bytes]
-        self._bases = [row.data_ptr() for row in rows]
+        self._rows = [_slab(blocks, size, device, self._on_cpu) for size in layout.group_bytes]
+        self._bases = [row.data_ptr() for row in self._rows]
+        self.layers: dict[int, LayerPages] = {}
+        for group, rows in zip(layout.groups, self._rows, strict=True):
+            self.layers |= group_layers(layout, group, rows)
 
     def read(self, block: int, into: memoryview) -> None:
         """Copies a block to a payload buffer of page_bytes."""
@@ -44,13 +43,13 @@ class DeviceMemory:
 
     def duplicate(self, source: int, target: int) -> None:
         """Copies one block to another."""
-        for slab in self.slabs:
-            slab[target].copy_(slab[source])
+        for rows in self._rows:
+            rows[target].copy_(rows[source])
 
     def erase(self, block: int) -> None:
         """Overwrites a block with zeros."""
-        for slab in self.slabs:
-            slab[block].zero_()
+        for rows in self._rows:
+            rows[block].zero_()
 
     def _copy(self, group: int, block: int, part: memoryview, *, to_block: bool) -> None:
         if self._on_cpu:  # memmove gives up the interpreter lock and starts no OpenMP team on this thread
@@ -65,14 +64,9 @@ class DeviceMemory:
             bytes_.copy_(row)
 
 
-def _slab(layout: PageLayout, group: KVGroup, blocks: int, device: str, on_cpu: bool) -> torch.Tensor:
-    dtype = _DTYPES[layout.dtype]
-    shape = (blocks, len(group.layers), 2, group.kv_heads, BLOCK_TOKENS, group.head_dim)
+def _slab(blocks: int, row_bytes: int, device: str, on_cpu: bool) -> torch.Tensor:
     if not on_cpu:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    count = 1
-    for size in shape:
-        count *= size
-    memory = aligned_buffer(count * dtype.itemsize)  # torch.zeros would touch, and so commit, all of it
+        return torch.zeros((blocks, row_bytes), dtype=torch.uint8, device=device)
+    memory = aligned_buffer(blocks * row_bytes)  # torch.zeros would touch, and so commit, all of it
     prefault(memory[:PREFAULT_BYTES])
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(blocks, row_bytes)

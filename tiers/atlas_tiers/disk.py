@@ -22,7 +22,7 @@ from .catalog import Catalog, Fill, Sink
 from .counters import Counters
 from .errors import PageDamaged
 from .index import Entry
-from .indexfile import Changes
+from .indexfile import BYTES_PER_PAGE, Changes
 from .keys import PageId, layout_hash
 from .memory import aligned_buffer, copy
 from .segment import SECTOR, Place, Segment, SlotDamaged, SlotHeader, decode_header, digest, encode_header, slot_size
@@ -354,6 +354,11 @@ class DiskTier(Catalog[Place]):
         if entry.place in self._lingering:  # else its record is not deleted yet; _commit() frees the slot
             self._lingering.remove(entry.place)
             self._space.give_back(entry.place)
+
+    @property
+    def capacity(self) -> int:
+        """Pages that its cap has room for, roughly, whatever else lies there now."""
+        return max(0, self._config.cap_bytes // (self._slot_bytes + BYTES_PER_PAGE))
 
     # --- accounts ----------------------------------------------------------------------------------
 

@@ -54,7 +54,12 @@ class HostTier(Catalog[int]):
                 return False
             self._open.add(place)
         view = self._view(place)
-        fill(view)
+        try:
+            fill(view)
+        except BaseException:
+            with self._state:
+                self._vacate(Entry(page, place))
+            raise
         entry = Entry(page, place, digest=digest(view))
         with self._state:
             self._open.remove(place)
@@ -82,6 +87,22 @@ class HostTier(Catalog[int]):
                 self._state.wait_for(lambda: entry.pins == 0)
                 self._view(entry.place)[:] = bytes(self.page_bytes)
             return self._remove(entry)
+
+    @property
+    def slab(self) -> memoryview:
+        """All places, one payload after the other. A pinned page's bytes do not change."""
+        return self._slab
+
+    @property
+    def capacity(self) -> int:
+        """Pages that it can hold."""
+        return self._total
+
+    @property
+    def unheld(self) -> int:
+        """Places that are free or hold pages nobody reads."""
+        with self._state:
+            return self._total - len(self._open) - sum(entry.pins > 0 for entry in self._index)
 
     def stats(self) -> TierStats:
         """Pages and bytes now."""

@@ -18,8 +18,11 @@ from .catalog import Catalog, Fill
 from .counters import Counters
 from .disk import DiskTier
 from .errors import PageDamaged
+from .held import Held
+from .host import HostTier
 from .index import Entry
 from .keys import PageId
+from .memory import copy
 
 READ_BATCH = 4  # pages a reader reports together: each report wakes the engine's thread
 BATCH_BYTES = 32 << 20  # pages that share one fdatasync and one commit
@@ -34,6 +37,19 @@ class ReadJob:
     sources: list[tuple[Catalog[Any], Entry[Any]]]
     wanted: bool = True
     ok: bool = False
+    reason: str = ""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class HoldJob:
+    """Make a page of a running sequence ready to be read where it lies: checked in the host tier, brought there from
+    the disk if it has room, else left on the disk. `sources` are pinned; one of them, or a new pin, stays in `held`."""
+
+    page: PageId
+    sources: list[tuple[Catalog[Any], Entry[Any]]]
+    to_host: bool
+    wanted: bool = True
+    held: Held | None = None
     reason: str = ""
 
 
@@ -56,17 +72,25 @@ class TicketJob:
     superseded: Callable[[DiskTier], list[bytes]]
 
 
+Job = ReadJob | HoldJob | WriteJob | TicketJob
+
+
 class Mover:
     """Owns the threads. Methods are for the engine's thread."""
 
     def __init__(
-        self, write_block: Callable[[int, memoryview], None], disk: DiskTier | None, counters: Counters, readers: int
+        self,
+        write_block: Callable[[int, memoryview], None],
+        host: HostTier | None,
+        disk: DiskTier | None,
+        counters: Counters,
+        readers: int,
     ) -> None:
         """`write_block(block, payload)` copies a verified page to the device."""
-        self._write_block, self._disk, self._counters = write_block, disk, counters
-        self.finished: deque[ReadJob | WriteJob | TicketJob] = deque()
+        self._write_block, self._host, self._disk, self._counters = write_block, host, disk, counters
+        self.finished: deque[Job] = deque()
         self.event = threading.Event()  # something is in `finished`
-        self._reads: deque[ReadJob] = deque()
+        self._reads: deque[ReadJob | HoldJob] = deque()
         self._writes: deque[WriteJob | TicketJob] = deque()
         self._writing = 0  # jobs taken from _writes, not yet settled
         self._wake = threading.Condition()
@@ -79,11 +103,11 @@ class Mover:
             thread.daemon = True
             thread.start()
 
-    def submit(self, jobs: Sequence[ReadJob | WriteJob | TicketJob]) -> None:
+    def submit(self, jobs: Sequence[Job]) -> None:
         """Queues jobs; reads and writes are each done in order. Write and ticket jobs need a disk."""
         with self._wake:
             for job in jobs:
-                if isinstance(job, ReadJob):
+                if isinstance(job, ReadJob | HoldJob):
                     self._reads.append(job)
                 else:
                     self._writes.append(job)
@@ -116,11 +140,43 @@ class Mover:
                 jobs = [self._reads.popleft() for _ in range(min(READ_BATCH, share))]
             for job in jobs:
                 try:
-                    self._read(job)
+                    if isinstance(job, ReadJob):
+                        self._read(job)
+                    else:
+                        self._hold(job)
                 except Exception as error:  # a lost job would leave its sequence waiting for ever
-                    job.ok, job.reason = False, f"restore failed ({error})"
+                    if isinstance(job, ReadJob):
+                        job.ok = False
+                    job.reason = f"restore failed ({error})"
                     self._counters.warn(job.reason)
             self._finish(jobs)
+
+    def _hold(self, job: HoldJob) -> None:
+        try:
+            for tier, entry in job.sources:
+                if not job.wanted or job.held:
+                    return
+                try:
+                    job.held = self._bring_to_host(job, tier, entry) or self._keep(tier, entry)
+                except PageDamaged as error:
+                    job.reason = str(error)
+        finally:
+            for tier, entry in job.sources:
+                if job.held is None or job.held.entry is not entry:
+                    tier.unpin(entry)
+
+    def _keep(self, tier: Catalog[Any], entry: Entry[Any]) -> Held:
+        if isinstance(tier, HostTier):
+            tier.verify(entry)  # the disk's pages are verified when they are read
+        return Held(tier, entry)
+
+    def _bring_to_host(self, job: HoldJob, tier: Catalog[Any], entry: Entry[Any]) -> Held | None:
+        host = self._host
+        if not job.to_host or host is None or tier is host:
+            return None
+        host.store([(job.page, lambda into: tier.load(entry, lambda payload: copy(into, payload)))])
+        brought = host.pin(job.page)
+        return Held(host, brought) if brought else None
 
     def _read(self, job: ReadJob) -> None:
         try:
@@ -194,6 +250,6 @@ class Mover:
         job.ticket.durable = not missing
         job.ticket.done = True
 
-    def _finish(self, jobs: Sequence[ReadJob | WriteJob | TicketJob]) -> None:
+    def _finish(self, jobs: Sequence[Job]) -> None:
         self.finished.extend(jobs)
         self.event.set()

@@ -45,7 +45,12 @@ class Prefix:
     @property
     def blocks_needed(self) -> int:
         """Fresh blocks: for every page to be read, and for a tail that is read or copied."""
-        return sum(hit.block is None for hit in self.hits) + (self.tail is not None and not self.tail.owned)
+        return self.pages_needed + (self.tail is not None and not self.tail.owned)
+
+    @property
+    def pages_needed(self) -> int:
+        """Full pages that are in no block."""
+        return sum(hit.block is None for hit in self.hits)
 
     def give_up(self, pool: BlockPool) -> None:
         """Undoes what the search holds."""

@@ -6,27 +6,32 @@ from collections.abc import Sequence as Tokens
 from typing import TYPE_CHECKING
 
 from .base import BLOCK_TOKENS, Ticket
-from .block import Block
+from .block import Block, State
+from .held import Held
 from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, pack
 
 if TYPE_CHECKING:
     from .store import TieredStore
 
+AWAY = -1  # in a block table: the page is in no block
+
 
 class Sequence:
-    """See KVSequence. Blocks [0, length // 64) are SEALED; a part-filled last one is OPEN and this sequence's alone."""
+    """See KVSequence. Blocks [0, length // 64) are SEALED or away; a part-filled last one is OPEN and this sequence's
+    alone. At each position there is either a block or a page held in a lower tier."""
 
     def __init__(self, store: TieredStore, root: bytes, *, durable: bool) -> None:
         self._store = store
         self.durable = durable
-        self.blocks: list[Block] = []
+        self.blocks: list[Block | None] = []
+        self.away: dict[int, Held] = {}
         self.pages: list[PageId] = []  # of the sealed blocks
         self._root = root
         self._rest = b""  # packed tokens after the last full page
-        self._waiting: set[int] = set()  # positions of blocks being filled
+        self._waiting: set[int] = set()  # positions of pages being read
         self._brought: set[int] = set()  # positions that came from the host tier or disk
         self._kept_pages = 0  # pages there were at the start: older tails can follow these
-        self._released = False
+        self.released = False
         self.block_table: list[int] = []
         self.length = self.reused = self.restored = 0
         self.reset_reason = ""
@@ -39,16 +44,24 @@ class Sequence:
 
     # --- used by the store -------------------------------------------------------------------------
 
-    def begin(self, blocks: list[Block], pages: list[PageId], rest: bytes, waiting: set[int]) -> None:
-        """Takes the prefix that was found: one block a page, and one for `rest` if that is not empty. The blocks at
-        the positions `waiting` are being filled."""
+    def begin(self, blocks: list[Block | None], pages: list[PageId], rest: bytes, waiting: set[int]) -> None:
+        """Takes the prefix that was found: a block or (away) None for each page, and a block for `rest` if that is not
+        empty. The pages at the positions `waiting` are being read."""
         self.blocks, self.pages, self._rest = blocks, pages, rest
         self._brought, self._waiting = set(waiting), waiting
         self._count_prefix()
 
     def filled(self, block: Block, reason: str) -> None:
         """A block it waits for is filled, or (with a reason) never will be: then the prefix ends before it."""
-        position = self.blocks.index(block)
+        self._arrived(self.blocks.index(block), reason)
+
+    def held(self, position: int, held: Held | None, reason: str) -> None:
+        """A page that stays away can be read where it lies, or (with a reason) not: then the prefix ends before it."""
+        if held is not None:
+            self.away[position] = held
+        self._arrived(position, reason)
+
+    def _arrived(self, position: int, reason: str) -> None:
         self._waiting.discard(position)
         self.ready = not self._waiting
         if reason:
@@ -61,7 +74,29 @@ class Sequence:
         self._waiting = {p for p in self._waiting if p < position}
         self._brought = {p for p in self._brought if p < position}
         self._count_prefix()
-        self._store.let_go(self, dropped)
+        self._store.let_go(self, dropped, self._take_away(position))
+
+    def _take_away(self, position: int) -> list[Held]:
+        """The pages held from `position` on, which are this sequence's no longer."""
+        return [self.away.pop(p) for p in sorted(self.away) if p >= position]
+
+    def movable(self) -> list[int]:
+        """Positions of full pages whose block nobody else refers to, the last first: these can be sent away."""
+        if not self.ready:
+            return []
+        return [
+            p
+            for p in range(len(self.pages) - 1, -1, -1)
+            if (block := self.blocks[p]) is not None and block.refs == 1 and block.state is State.SEALED
+        ]
+
+    def send_away(self, position: int, held: Held) -> Block:
+        """From now on the page at `position` is read where `held` has it. Returns its block, to be released."""
+        block = self.blocks[position]
+        if block is None:
+            raise ValueError(f"the page at {position} is away already")
+        self.blocks[position], self.block_table[position], self.away[position] = None, AWAY, held
+        return block
 
     # --- KVSequence --------------------------------------------------------------------------------
 
@@ -71,8 +106,9 @@ class Sequence:
             raise ValueError("only a ready sequence can be appended to")
         needed = -(-(self.length + count) // BLOCK_TOKENS) - len(self.blocks)
         if needed > 0:
-            self.blocks += self._store.take(needed)
-            self.block_table += [block.number for block in self.blocks[-needed:]]
+            blocks = self._store.take(needed)
+            self.blocks += blocks
+            self.block_table += [block.number for block in blocks]
 
     def commit(self, tokens: Tokens[int]) -> None:
         """The K/V of `tokens` has been written. Raises ValueError without room reserved, or before it is ready."""
@@ -86,7 +122,7 @@ class Sequence:
             page = PageId.of(self.parent, self._rest[:PACKED_BYTES])
             self._rest = self._rest[PACKED_BYTES:]
             self.pages.append(page)
-            self._store.seal(self, self.blocks[len(self.pages) - 1], page)
+            self._store.seal(self, self._own(len(self.pages) - 1), page)
 
     def persist(self) -> Ticket:
         """Writes the tail and whatever else of the chain is not on disk. Nothing may be appended afterwards."""
@@ -94,13 +130,19 @@ class Sequence:
 
     def release(self) -> None:
         """Drops the references; pages and tail stay as cache entries. Idempotent."""
-        if self._released:
+        if self.released:
             return
         tail = None if self._waiting else self.tail
         if tail is not None and not self._store.pool.covers(tail):
-            self._store.pool.seal(self.blocks[len(self.pages)], tail)
-        self._released, self.ready = True, False
-        self._store.let_go(self, self.blocks)
+            self._store.pool.seal(self._own(len(self.pages)), tail)
+        self.released, self.ready = True, False
+        self._store.let_go(self, self.blocks, self._take_away(0))
+
+    def _own(self, position: int) -> Block:
+        block = self.blocks[position]
+        if block is None:
+            raise ValueError(f"the page at {position} is away: nothing can be written to it")
+        return block
 
     # --- what persist() writes ---------------------------------------------------------------------
 
@@ -117,7 +159,7 @@ class Sequence:
     def _count_prefix(self) -> None:
         rest = len(self._rest) // TOKEN_BYTES
         self._kept_pages = len(self.pages)
-        self.block_table[:] = [block.number for block in self.blocks]
+        self.block_table[:] = [AWAY if block is None else block.number for block in self.blocks]
         self.length = self._kept_pages * BLOCK_TOKENS + rest
         self.restored = sum(BLOCK_TOKENS if p < self._kept_pages else rest for p in self._brought)
         self.reused = self.length - self.restored

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Sequence as Tokens
 from typing import Any
 
-from .base import PageLayout, Ticket, TierStats
+from .base import BLOCK_TOKENS, PageLayout, Ticket, TierStats
 from .block import Block, BlockPool
 from .catalog import Catalog
 from .counters import Counters
@@ -21,12 +21,19 @@ from .disk import DiskTier
 from .host import HostTier
 from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, chain, identity_hash, pack, root_key
 from .memory import copy
-from .mover import Mover, ReadJob, TicketJob, WriteJob
+from .held import Held
+from .mover import HoldJob, Job, Mover, ReadJob, TicketJob, WriteJob
 from .prefix import Prefix, longest_prefix
+from .room import Room
 from .sequence import Sequence
 from .space import DiskConfig
+from .stream import Pass, Ring, Want
+from .tensors import payload_layers, slab_tensor
 
 READERS = 3
+STREAM_READERS = 3
+SPLIT_PAGES = 16  # most pages of a context that attention asks for at a time
+WORKING_BLOCKS = 10  # left free when a long context is opened, for the first tokens it computes
 QUEUE_BYTES = 256 << 20  # of pages waiting to be written; each keeps its block
 
 
@@ -55,13 +62,20 @@ class TieredStore:
         self._identity = identity_hash(identity, layout)
         self._counters = Counters()
         self._memory = DeviceMemory(layout, device_blocks, device)
-        self.slabs = self._memory.slabs
+        self.pages = self._memory.layers
         self.pool = BlockPool(device_blocks, self._demote)
         self._host = HostTier(layout, host_bytes, self._counters) if host_bytes >= layout.page_bytes else None
         self._disk = self._open_disk(disk)
         self._tiers: list[Catalog[Any]] = [tier for tier in (self._host, self._disk) if tier is not None]
-        self._mover = Mover(self._memory.write, self._disk, self._counters, READERS)
+        self._mover = Mover(self._memory.write, self._host, self._disk, self._counters, READERS)
+        self._room = Room(
+            self.pool, self._memory, self._host, self._disk, self._counters, self._write_behind, lambda: bool(self._queued)
+        )
+        self._ring = Ring(layout, self._counters, most=SPLIT_PAGES, readers=STREAM_READERS)
+        on_cpu = device == "cpu"  # there attention reads the host tier in place
+        self.host_pages = payload_layers(layout, slab_tensor(self._host.slab, layout.page_bytes)) if self._host is not None and on_cpu else {}
         self._fills: dict[int, _Filling] = {}  # by block number
+        self._holds: dict[HoldJob, tuple[Sequence, int]] = {}  # the sequence and position that wait for it
         self._queued: set[bytes] = set()  # keys of pages in the write queue
         self._queue_pages = max(4, min(QUEUE_BYTES // layout.page_bytes, device_blocks // 4))
 
@@ -82,39 +96,58 @@ class TieredStore:
         self.poll()  # not between search and placing: a fill that fails then would be taken for a page that is there
         found = longest_prefix(root, pack(tokens[:-1]), self.pool, self._tiers)
         try:
-            fresh = self.pool.take(found.blocks_needed)
+            fresh = self._room.take(self._fresh_blocks(found, len(tokens)))
         except BaseException:
             found.give_up(self.pool)
             raise
         sequence = Sequence(self, root, durable=durable)
+        self._room.running.append(sequence)
         self._place(sequence, found, fresh)
         if self._disk is not None:
             for hit in reversed(found.hits):
                 self._disk.touch(hit.page)
         return sequence
 
+    def _fresh_blocks(self, found: Prefix, total: int) -> int:
+        """Blocks for the pages to be read: all of them, or as many as leave room to work; the others stay away."""
+        wanted = found.blocks_needed
+        own = int(wanted > found.pages_needed)  # the tail's can't be away
+        to_compute = -(-(total + 1) // BLOCK_TOKENS) - len(found.hits) - int(found.tail is not None)
+        room = self.pool.available - min(to_compute, WORKING_BLOCKS)
+        return wanted if wanted <= room else max(own, room)
+
     def _place(self, sequence: Sequence, found: Prefix, fresh: list[Block]) -> None:
-        """Gives each page its block and starts the reads."""
-        blocks: list[Block] = []
-        jobs: list[ReadJob] = []
+        """Gives each page its block, as far as there are any, and starts the reads."""
+        blocks: list[Block | None] = []
+        jobs: list[Job] = []
+        waiting: set[int] = set()
+        tail = self._place_tail(found, fresh, jobs) if found.tail is not None else None
+        host_room = (self._host.unheld if self._host is not None else 0) - sum(job.to_host for job in self._holds)
         for hit in found.hits:
             block = hit.block
-            if block is None:
+            if block is None and fresh:
                 block = fresh.pop()
                 self.pool.register(block, hit.page)
                 jobs.append(self._fill(block, ReadJob(block, hit.page, hit.sources)))
+            elif block is None:
+                waiting.add(len(blocks))
+                job = HoldJob(hit.page, hit.sources, to_host=host_room > 0)
+                self._holds[job] = (sequence, len(blocks))
+                jobs.append(job)
+                host_room -= 1
             blocks.append(block)
         rest = b""
-        if found.tail is not None:
-            blocks.append(self._place_tail(found, fresh, jobs))
+        if tail is not None and found.tail is not None:
+            blocks.append(tail)
             rest = found.tail.hit.page.packed[: found.tail.used * TOKEN_BYTES]
-        waiting = {position for position, block in enumerate(blocks) if block.number in self._fills}
-        for position in waiting:
-            self._fills[blocks[position].number].waiters.append(sequence)
+        for position, block in enumerate(blocks):
+            if block is not None and block.number in self._fills:
+                waiting.add(position)
+                self._fills[block.number].waiters.append(sequence)
         sequence.begin(blocks, [hit.page for hit in found.hits], rest, waiting)
         self._mover.submit(jobs)
 
-    def _place_tail(self, found: Prefix, fresh: list[Block], jobs: list[ReadJob]) -> Block:
+    def _place_tail(self, found: Prefix, fresh: list[Block], jobs: list[Job]) -> Block:
         """The block that the sequence appends to: taken over, copied, or being read."""
         tail = found.tail
         if tail is None:
@@ -141,11 +174,20 @@ class TieredStore:
         """`count` OPEN blocks. Raises OutOfBlocks, changing nothing."""
         if count > self.pool.available:
             self.poll()  # finished writes give up their blocks
-        return self.pool.take(count)
+        return self._room.take(count)
 
-    def let_go(self, sequence: Sequence, blocks: list[Block]) -> None:
+    def let_go(self, sequence: Sequence, blocks: list[Block | None], away: list[Held]) -> None:
         """Drops a sequence's references, the end of its chain first: it is to be evicted before the beginning."""
+        for held in away:
+            held.let_go()
+        first = len(sequence.blocks) if not sequence.released else 0
+        for job, (waiting, position) in self._holds.items():
+            job.wanted = job.wanted and not (waiting is sequence and position >= first)
+        if sequence.released:
+            self._room.running.remove(sequence)
         for block in reversed(blocks):
+            if block is None:
+                continue
             filling = self._fills.get(block.number)
             if filling is not None and sequence in filling.waiters:
                 filling.waiters.remove(sequence)
@@ -173,8 +215,11 @@ class TieredStore:
             ticket.done = True
             return ticket
         pages = [*sequence.pages, *([sequence.tail] if sequence.tail else [])]
-        pairs = zip(pages, sequence.blocks, strict=False)  # reserved blocks may follow the last page
-        jobs = [self._write_job(block, page) for page, block in pairs if not self._on_disk(page)]
+        jobs: list[Job] = []
+        for page, block in zip(pages, sequence.blocks, strict=False):  # reserved blocks may follow the last page
+            if not self._on_disk(page):
+                job = self._write_job(block, page) if block is not None else self._job_from_memory(page)
+                jobs += [job] if job is not None else []
         superseded = functools.partial(_superseded, sequence.new_parts())
         self._mover.submit([*jobs, TicketJob(ticket, pages, superseded)])
         return ticket
@@ -182,6 +227,10 @@ class TieredStore:
     def _on_disk(self, page: PageId) -> bool:
         """On disk or on its way there. A ticket finds out whether it arrived."""
         return self._disk is None or page.key in self._queued or self._disk.holds(page)
+
+    def _write_behind(self, block: Block, page: PageId) -> None:
+        if page.key not in self._queued:
+            self._mover.submit([self._write_job(block, page)])
 
     def _write_job(self, block: Block, page: PageId) -> WriteJob:
         self.pool.acquire(block)
@@ -203,6 +252,8 @@ class TieredStore:
             job = self._mover.finished.popleft()
             if isinstance(job, ReadJob):
                 self._filled(job)
+            elif isinstance(job, HoldJob):
+                self._held(job)
             elif isinstance(job, WriteJob):
                 self._queued.discard(job.page.key)
                 if job.block is not None:
@@ -219,6 +270,17 @@ class TieredStore:
             sequence.filled(job.block, reason)
         self.pool.release(job.block)
 
+    def _held(self, job: HoldJob) -> None:
+        sequence, position = self._holds.pop(job)
+        if job.wanted:
+            sequence.held(position, job.held, "" if job.held else job.reason or "restore was stopped")
+        elif job.held is not None:
+            job.held.let_go()
+
+    def read_ahead(self, wants: Tokens[Want]) -> Pass:
+        """Starts bringing layer slices of away pages for one forward pass; see KVStore.read_ahead."""
+        return self._ring.begin(wants)
+
     def wait(self, timeout: float) -> None:
         """Blocks until poll() has something to do, or `timeout` seconds."""
         self._mover.event.wait(timeout)
@@ -226,7 +288,13 @@ class TieredStore:
     @property
     def writing(self) -> bool:
         """Whether queued writes, or reads that nobody wants any more, hold blocks: OutOfBlocks may pass by itself."""
-        return bool(self._queued or self._fills)
+        return bool(self._queued or self._fills or self._holds)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one sequence can have at most, over all tiers."""
+        lower = sum(tier.capacity for tier in self._tiers)
+        return BLOCK_TOKENS * (len(self.pool.blocks) + lower)
 
     # --- chains without a sequence -----------------------------------------------------------------
 
@@ -328,6 +396,7 @@ class TieredStore:
 
     def close(self) -> None:
         """Finishes the write queue, stops the threads, lets the directory go."""
+        self._ring.close()
         self._mover.close()
         self.poll()
         for tier in (self._host, self._disk):

@@ -1,0 +1,191 @@
+"""One session's context during a forward pass: where the K and V of each of its blocks are, and how to get at them.
+
+A block is in the device pool, in the RAM tier where that can be read in place, or among the slices that are read ahead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from atlas_kernels import kv
+from atlas_kernels.attention import Variant, splits
+from atlas_tiers.base import BLOCK_TOKENS, PageLayout
+from atlas_tiers.held import Held
+from atlas_tiers.stream import Pass, Want
+from atlas_tiers.tensors import LayerPages
+
+
+class Pages(Protocol):
+    """What a pass needs of a KVStore."""
+
+    layout: PageLayout
+    pages: dict[int, LayerPages]
+    host_pages: dict[int, LayerPages]
+
+    def read_ahead(self, wants: Sequence[Want]) -> Pass: ...
+
+
+class Lies(enum.Enum):
+    """Where a block's K and V are."""
+
+    DEVICE = "device"
+    HOST = "host"
+    AHEAD = "ahead"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Blocks [start, stop) of a context that lie in one kind of place. `rows`: int64, their rows in that tier's pages,
+    empty for slices that are read ahead; `held`: the pages, for those that are away."""
+
+    start: int
+    stop: int
+    lies: Lies
+    rows: torch.Tensor
+    held: tuple[Held, ...] = ()
+
+    def cut(self, blocks: range) -> Run | None:
+        """The part of it in `blocks`; None: there is none."""
+        start, stop = max(self.start, blocks.start), min(self.stop, blocks.stop)
+        if start >= stop:
+            return None
+        part = slice(start - self.start, stop - self.start)
+        return Run(start, stop, self.lies, self.rows[part], self.held[part])
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """One session's part of a step: rows [start, stop) of the batch are positions [first, first + stop - start)."""
+
+    start: int
+    stop: int
+    first: int
+    blocks: torch.Tensor  # int64 device blocks covering [0, length); -1 where a page is away
+    runs: tuple[Run, ...]
+
+    @property
+    def length(self) -> int:
+        """Context tokens once this step's are appended."""
+        return self.first + self.stop - self.start
+
+    @property
+    def positions(self) -> range:
+        """Of its query rows."""
+        return range(self.first, self.length)
+
+    @property
+    def resident(self) -> bool:
+        """Whether the device pool has every block."""
+        return all(run.lies is Lies.DEVICE for run in self.runs)
+
+
+def span(
+    start: int, stop: int, first: int, table: Sequence[int], away: Mapping[int, Held], pages: Pages, device: torch.device
+) -> Span:
+    """A session's span; `table` and `away` as in KVSequence."""
+    blocks = torch.tensor(table, dtype=torch.int64, device=device)
+    runs: list[Run] = []
+    in_place = bool(pages.host_pages)
+    kinds = [_lies(away.get(n), in_place) for n in range(len(table))] if away else [Lies.DEVICE] * len(table)
+    begin = 0
+    for n in range(1, len(table) + 1):
+        if n == len(table) or kinds[n] is not kinds[begin]:
+            held = tuple(away[p] for p in range(begin, n)) if kinds[begin] is not Lies.DEVICE else ()
+            runs.append(Run(begin, n, kinds[begin], _rows(kinds[begin], blocks[begin:n], held), held))
+            begin = n
+    return Span(start, stop, first, blocks, tuple(runs))
+
+
+def _lies(held: Held | None, in_place: bool) -> Lies:
+    if held is None:
+        return Lies.DEVICE
+    return Lies.HOST if held.in_ram and in_place else Lies.AHEAD
+
+
+def _rows(lies: Lies, blocks: torch.Tensor, held: tuple[Held, ...]) -> torch.Tensor:
+    if lies is Lies.DEVICE:
+        return blocks
+    if lies is Lies.HOST:
+        return torch.tensor([page.entry.place for page in held], dtype=torch.int64)
+    return torch.empty(0, dtype=torch.int64)
+
+
+def block_range(keys: range) -> range:
+    """The blocks that positions `keys` lie in."""
+    return range(keys.start // BLOCK_TOKENS, -(-keys.stop // BLOCK_TOKENS))
+
+
+def key_splits(span: Span, window: int | None) -> list[range]:
+    """The runs of keys that the span's rows attend to, in order, from the first block on that one of them sees."""
+    found = splits(span.positions, Variant(1.0, window))
+    first = Variant(1.0, window).first_seen(span.first) // BLOCK_TOKENS * BLOCK_TOKENS
+    return [range(max(keys.start, first), keys.stop) for keys in found]
+
+
+def wants(spans: Sequence[Span], layout: PageLayout) -> list[Want]:
+    """The slices that attention over `spans` will not find at hand, in the order in which it asks for them."""
+    windows = {layer: group.window for group in layout.groups for layer in group.layers}
+    found: list[Want] = []
+    for layer in sorted(windows):
+        for each in spans:
+            for keys in key_splits(each, windows[layer]):
+                held = [page for run in _cut(each, keys) if run.lies is Lies.AHEAD for page in run.held]
+                found += [Want(layer, held)] if held else []
+    return found
+
+
+def _cut(span: Span, keys: range) -> list[Run]:
+    blocks = block_range(keys)
+    return [part for run in span.runs if (part := run.cut(blocks)) is not None]
+
+
+class Reader:
+    """Gathers K and V of contexts, layer by layer and split by split, in the order of `wants`."""
+
+    def __init__(self, pages: Pages, spans: Sequence[Span]) -> None:
+        self._pages = pages
+        needed = [] if all(span.resident for span in spans) else wants(spans, pages.layout)
+        self._ahead = pages.read_ahead(needed) if needed else None
+
+    def gather(self, layer: int, span: Span, keys: range, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [kv_heads, len(keys), head_dim] at positions `keys`, which begin a block. Raises PageDamaged."""
+        runs = _cut(span, keys)
+        if len(runs) == 1 and runs[0].lies is Lies.DEVICE:
+            both = self._read(self._pages.pages[layer], runs[0].rows, dtype)
+        else:
+            both = self._join(layer, span, runs, dtype)
+        both = both.flatten(2, 3)[:, :, : len(keys)]
+        return both[0], both[1]
+
+    def _join(self, layer: int, span: Span, runs: list[Run], dtype: torch.dtype) -> torch.Tensor:
+        """[2, kv_heads, blocks, BLOCK_TOKENS, head_dim], each run from where it lies. In fresh memory, as one run is:
+        a matrix product may depend on its operands' alignment."""
+        device = span.blocks.device
+        ahead, taken = self._ahead, 0
+        slices = ahead.take(layer) if ahead is not None and any(r.lies is Lies.AHEAD for r in runs) else None
+        parts: list[torch.Tensor] = []
+        for run in runs:
+            if run.lies is Lies.DEVICE:
+                parts.append(self._read(self._pages.pages[layer], run.rows, dtype))
+            elif run.lies is Lies.HOST:
+                parts.append(self._read(self._pages.host_pages[layer], run.rows, dtype))
+            elif slices is not None:
+                rows = torch.arange(taken, taken + len(run))
+                taken += len(run)
+                parts.append(self._read(slices, rows, dtype))
+        return torch.cat([part.to(device) for part in parts], dim=2)
+
+    def _read(self, pages: LayerPages, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return kv.gather(pages.values, pages.scales, rows, dtype)
+
+    def close(self) -> None:
+        """Ends what is being read ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
