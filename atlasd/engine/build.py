@@ -12,7 +12,7 @@ import transformers
 from atlas_client.errors import ErrorCode, ErrorReply
 from atlas_tiers.base import BLOCK_TOKENS
 from atlas_tiers.disk import DiskConfig
-from atlas_tiers.errors import StoreLocked
+from atlas_tiers.errors import StoreLocked, TooManyParts
 from atlas_tiers.store import TieredStore
 
 from atlasd.config import Config
@@ -74,6 +74,8 @@ def open_store(loaded: LoadedModel, config: Config) -> TieredStore:
         raise ErrorReply(
             ErrorCode.INVALID_PARAMETER, str(error), "give every daemon a --kv-disk-path of its own"
         ) from None
+    except TooManyParts as error:
+        raise ErrorReply(ErrorCode.INVALID_PARAMETER, str(error), "start the daemon with --kv-disk-path none") from None
 
 
 def _free_vram(loaded: LoadedModel) -> int:

@@ -12,11 +12,14 @@ reference it is a cache entry that may be evicted). free + open + sealed = total
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from .held import Held
+    from .index import Entry
+    from .keys import PageId
     from .stream import Pass, Want
     from .tensors import LayerPages
 
@@ -67,6 +70,27 @@ class PageLayout:
     @property
     def page_bytes(self) -> int:
         return sum(self.group_bytes)
+
+    @functools.cached_property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """(offset, bytes) of each layer's K and V in the payload: groups in order, layers in order, end to end. Each
+        can be verified alone. Raises ValueError when a group's bytes are not a whole number for each layer."""
+        found: list[tuple[int, int]] = []
+        offset = 0
+        for group, size in zip(self.groups, self.group_bytes, strict=True):
+            if size % len(group.layers):
+                raise ValueError(f"{size} bytes of {len(group.layers)} layers can't be divided into parts")
+            for _ in group.layers:
+                found.append((offset, size // len(group.layers)))
+                offset += size // len(group.layers)
+        return tuple(found)
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """(offset, bytes) of parts [first, last) in the payload. Raises ValueError when there are no such parts."""
+        if not 0 <= first < last <= len(self.parts):
+            raise ValueError(f"parts {first} to {last} of a page of {len(self.parts)}")
+        end = sum(self.parts[last - 1])
+        return self.parts[first][0], end - self.parts[first][0]
 
     @property
     def bytes_per_token(self) -> int:
@@ -119,6 +143,24 @@ class PageTier(Protocol):
     def get(self, key: bytes, into: memoryview) -> PageHeader | None:
         """Copies the page into `into` (page_bytes) and returns its header after its checksum was verified.
         None: not there, or damaged (then it is dropped, counted, and never tried again; `into` is undefined)."""
+        ...
+
+    def pin(self, page: PageId) -> Entry[Any] | None:
+        """Exactly this page, kept from being evicted until unpin(). None: not there. Counts as a use."""
+        ...
+
+    def unpin(self, entry: Entry[Any]) -> None:
+        """Undoes one pin()."""
+        ...
+
+    def verify(self, entry: Entry[Any]) -> None:
+        """Checks every part of a pinned page. Raises PageDamaged; the page is then dropped and never tried again."""
+        ...
+
+    def load_parts(self, entry: Entry[Any], first: int, last: int, into: memoryview) -> None:
+        """Copies parts [first, last) of a pinned page (see PageLayout.parts), end to end, into `into`, which has just
+        their size, and verifies them; the other parts are neither read nor checked. Raises PageDamaged: the page is
+        dropped and `into` undefined. Raises ValueError for parts or a buffer that don't fit."""
         ...
 
     def find(self, key: bytes) -> bool:

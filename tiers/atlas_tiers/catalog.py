@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from .base import PageHeader
+from .base import PageHeader, PageLayout
 from .errors import PageDamaged
 from .index import Entry, PageIndex
 from .keys import PageId
@@ -23,8 +23,10 @@ class Catalog(Generic[Place]):
     name: str
     page_bytes: int
 
-    def __init__(self, identity: bytes) -> None:
+    def __init__(self, identity: bytes, layout: PageLayout) -> None:
         self._identity = identity
+        self.layout = layout
+        self.page_bytes = layout.page_bytes
         self._state = threading.Condition()
         self._index: PageIndex[Place] = PageIndex(identity)
 
@@ -90,16 +92,26 @@ class Catalog(Generic[Place]):
         """Pages that it can hold."""
         raise RuntimeError("a catalog has no places")  # pragma: no cover - the tiers say how
 
-    def load_parts(self, entry: Entry[Place], first: int, last: int, into: memoryview) -> None:
-        raise RuntimeError("TEMP")
-
-    def verify(self, entry: Entry[Place]) -> None:
-        raise RuntimeError("TEMP")
-
     def load(self, entry: Entry[Place], sink: Sink) -> None:
         """Verifies a pinned page and hands its payload to `sink`, valid during the call.
         Raises PageDamaged; the page is then dropped and `sink` was not called."""
         raise PageDamaged("a catalog holds no bytes")  # pragma: no cover - the tiers say how
+
+    def verify(self, entry: Entry[Place]) -> None:
+        """Checks every part of a pinned page. Raises PageDamaged; the page is then dropped."""
+        self.load(entry, lambda payload: None)
+
+    def load_parts(self, entry: Entry[Place], first: int, last: int, into: memoryview) -> None:
+        """Copies parts [first, last) of a pinned page, end to end, into `into`, which has exactly their size, and
+        verifies them; the others are neither read nor checked. From several threads at once, for one entry too.
+        Raises PageDamaged: the page is dropped and `into` undefined. Raises ValueError when something does not fit."""
+        raise PageDamaged("a catalog holds no bytes")  # pragma: no cover - the tiers say how
+
+    def _span(self, first: int, last: int, into: memoryview) -> tuple[int, int]:
+        offset, size = self.layout.span(first, last)
+        if into.nbytes != size:
+            raise ValueError(f"a buffer of {into.nbytes} bytes for parts of {size}")
+        return offset, size
 
     def _hold(self, key: bytes) -> Entry[Place] | None:
         entry = self._index.find(key)

@@ -20,12 +20,13 @@ from . import recovery
 from .base import PageHeader, PageLayout, TierStats
 from .catalog import Catalog, Fill, Sink
 from .counters import Counters
-from .errors import PageDamaged
+from .errors import PageDamaged, TooManyParts
 from .index import Entry
 from .indexfile import BYTES_PER_PAGE, Changes
 from .keys import PageId, layout_hash
 from .memory import aligned_buffer, copy
-from .segment import SECTOR, Place, Segment, SlotDamaged, SlotHeader, decode_header, digest, encode_header, slot_size
+from .reader import SlotReader
+from .segment import MAX_PARTS, SECTOR, Place, Segment, SlotDamaged, SlotHeader, digests, encode_header, slot_size
 from .space import DiskConfig as DiskConfig
 from .space import Obstacle, Space
 
@@ -40,15 +41,16 @@ class DiskTier(Catalog[Place]):
     name = "disk"
 
     def __init__(self, layout: PageLayout, identity: bytes, config: DiskConfig, counters: Counters) -> None:
-        """Locks and opens the directory and repairs what a crash left. Raises StoreLocked, OSError."""
-        super().__init__(identity)
+        """Locks and opens the directory and repairs what a crash left. Raises StoreLocked, FormatNewer, TooManyParts,
+        OSError."""
+        super().__init__(identity, layout)
+        if len(layout.parts) > MAX_PARTS:
+            raise TooManyParts(len(layout.parts), MAX_PARTS)
         self._config, self._counters = config, counters
         self._layout_hash = layout_hash(layout)
-        self.page_bytes = layout.page_bytes
         self._slot_bytes = slot_size(layout.page_bytes)
         self._io = threading.RLock()
         self._staging = aligned_buffer(self._slot_bytes)  # the writer's, under _io
-        self._spare: list[memoryview] = []  # readers' staging buffers not in use
         self._touched: dict[bytes, int] = {}  # use stamps that are not in the index file yet
         self._busy: set[Place] = set()  # slots being written
         self._leaving: list[Entry[Place]] = []  # out of the index here, their records not yet deleted
@@ -65,6 +67,7 @@ class DiskTier(Catalog[Place]):
     def _adopt(self, found: recovery.Recovered) -> None:
         self._file = found.index
         self._space = Space(self._config, found.index, found.segments, self._slot_bytes)
+        self._reader = SlotReader(self.layout, self._identity, self._space)
         for entry in found.entries:
             self._index.add(entry)
             self._space.occupy(entry.place)
@@ -79,38 +82,35 @@ class DiskTier(Catalog[Place]):
 
     def load(self, entry: Entry[Place], sink: Sink) -> None:
         """See Catalog.load. Any read error counts as damage of this page."""
-        with self._buffer() as buffer:
-            try:
-                payload = self._read(entry, buffer)
-            except (OSError, SlotDamaged) as error:
-                self._quarantine(entry, error)
-                raise PageDamaged("page damaged on disk") from error
+        with self._reader.buffer() as buffer:
+            with self._damage(entry):
+                payload = self._reader.page(entry, buffer)
             sink(payload)
         self._counters.add("disk_pages_read")
         self._counters.add("disk_bytes_read", self._slot_bytes)
 
-    def _read(self, entry: Entry[Place], buffer: memoryview) -> memoryview:
-        got = self._space.segment(entry.place).read(entry.place.slot, buffer)
-        header = decode_header(buffer[:got])
-        if header.page != entry.page or header.identity != self._identity or header.layout != self._layout_hash:
-            raise SlotDamaged("another page lies in the slot")
-        if header.payload_bytes != self.page_bytes or got < SECTOR + self.page_bytes:
-            raise SlotDamaged(f"{got - SECTOR} bytes of a page of {self.page_bytes}")
-        payload = buffer[SECTOR : SECTOR + self.page_bytes]
-        if digest(payload) != header.digest:
-            raise SlotDamaged("payload checksum differs")
-        return payload
+    def load_parts(self, entry: Entry[Place], first: int, last: int, into: memoryview) -> None:
+        """See Catalog.load_parts. The slot's header is read with the first parts after pin(), then kept."""
+        self._span(first, last, into)
+        with self._damage(entry):
+            read = self._reader.parts(entry, first, last, into)
+        self._counters.add("disk_bytes_read", read)
+
+    def unpin(self, entry: Entry[Place]) -> None:
+        """Undoes one pin(). The last one forgets the digests: they would be much memory for a full disk."""
+        with self._state:
+            super().unpin(entry)
+            if not entry.pins:
+                entry.digests = b""
 
     @contextlib.contextmanager
-    def _buffer(self) -> Iterator[memoryview]:
+    def _damage(self, entry: Entry[Place]) -> Iterator[None]:
+        """A page whose bytes differ, or can't be read, is dropped."""
         try:
-            buffer = self._spare.pop()
-        except IndexError:
-            buffer = aligned_buffer(self._slot_bytes)
-        try:
-            yield buffer
-        finally:
-            self._spare.append(buffer)
+            yield
+        except (OSError, SlotDamaged) as error:
+            self._quarantine(entry, error)
+            raise PageDamaged("page damaged on disk") from error
 
     def _quarantine(self, entry: Entry[Place], error: Exception) -> None:
         if self._forget([entry]):
@@ -174,7 +174,7 @@ class DiskTier(Catalog[Place]):
     def _write(self, page: PageId, fill: Fill, place: Place) -> None:
         payload = self._staging[SECTOR : SECTOR + self.page_bytes]
         fill(payload)
-        header = SlotHeader(page, self._identity, self._layout_hash, self.page_bytes, digest(payload))
+        header = SlotHeader(page, self._identity, self._layout_hash, self.page_bytes, digests(payload, self.layout))
         encode_header(header, self._staging)
         self._space.segment(place).write(place.slot, self._staging)
 

@@ -12,7 +12,7 @@ from .errors import PageDamaged
 from .index import Entry
 from .keys import PageId
 from .memory import aligned_buffer, copy
-from .segment import digest
+from .segment import SlotDamaged, check_parts, digests
 
 
 class HostTier(Catalog[int]):
@@ -22,8 +22,7 @@ class HostTier(Catalog[int]):
 
     def __init__(self, layout: PageLayout, limit_bytes: int, counters: Counters) -> None:
         """A slab of limit_bytes // page_bytes pages; memory is committed as pages are first stored. Raises OSError."""
-        super().__init__(b"")
-        self.page_bytes = layout.page_bytes
+        super().__init__(b"", layout)
         self.limit_bytes = limit_bytes
         self._counters = counters
         self._total = limit_bytes // layout.page_bytes
@@ -60,7 +59,7 @@ class HostTier(Catalog[int]):
             with self._state:
                 self._vacate(Entry(page, place))
             raise
-        entry = Entry(page, place, digest=digest(view))
+        entry = Entry(page, place, digests=digests(view, self.layout))
         with self._state:
             self._open.remove(place)
             self._index.add(entry)
@@ -70,12 +69,28 @@ class HostTier(Catalog[int]):
     def load(self, entry: Entry[int], sink: Sink) -> None:
         """See Catalog.load. RAM is checked too: a stray write must not become a wrong token."""
         view = self._view(entry.place)
-        if digest(view) != entry.digest:
-            self._counters.add("host_pages_damaged")
-            self._remove(entry)
-            raise PageDamaged("page damaged in RAM")
+        self._check(entry, view, 0, len(self.layout.parts))
         sink(view)
         self._counters.add("host_pages_read")
+
+    def load_parts(self, entry: Entry[int], first: int, last: int, into: memoryview) -> None:
+        """See Catalog.load_parts. The copy is what is checked."""
+        offset, size = self._span(first, last, into)
+        copy(into, self._view(entry.place)[offset : offset + size])
+        self._check(entry, into, first, last)
+
+    def view(self, entry: Entry[int], part: int) -> memoryview:
+        """A part of a pinned page where it lies, unchecked (see verify), until unpin(). Not to be written to."""
+        offset, size = self.layout.span(part, part + 1)
+        return self._view(entry.place)[offset : offset + size]
+
+    def _check(self, entry: Entry[int], data: memoryview, first: int, last: int) -> None:
+        try:
+            check_parts(data, self.layout, first, last, entry.digests)
+        except SlotDamaged as error:
+            if self._remove(entry):
+                self._counters.add("host_pages_damaged")
+            raise PageDamaged(f"page damaged in RAM: {error}") from error
 
     def drop(self, key: bytes, *, erase: bool = False) -> bool:
         """Forgets a page; `erase` overwrites its bytes first (readers are waited for)."""

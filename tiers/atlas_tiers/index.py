@@ -23,7 +23,7 @@ class Entry(Generic[Place]):
     page: PageId
     place: Place
     identity: bytes = b""
-    digest: bytes = b""
+    digests: bytes = b""  # of each part; a disk page's only while it is pinned and was read from
     stamp: int = 0
     pins: int = 0
     gone: bool = False

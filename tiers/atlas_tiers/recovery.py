@@ -14,15 +14,17 @@ import shutil
 import time
 from pathlib import Path
 
-from .errors import IndexDamaged, StoreLocked
+from .errors import FormatNewer, IndexDamaged, StoreLocked
 from .index import Entry
 from .indexfile import Changes, Contents, IndexFile
 from .segment import (
+    FORMAT_VERSION,
     SECTOR,
     Place,
     Segment,
     SlotDamaged,
     decode_header,
+    read_header,
     read_shape,
     segment_bytes,
     segment_path,
@@ -60,8 +62,9 @@ def lock_directory(directory: Path, wait_s: float) -> int:
 
 
 def recover(directory: Path) -> Recovered:
-    """Opens index and segments and makes them agree, durably. Raises OSError."""
+    """Opens index and segments and makes them agree, durably. Raises OSError; FormatNewer, having changed nothing."""
     notes: list[str] = []
+    _leave_old_formats(directory, notes)
     index, contents, bad = _open_index(directory, notes)
     if bad:
         notes.append(f"{bad} damaged index records dropped")
@@ -76,6 +79,30 @@ def recover(directory: Path) -> Recovered:
     for name in (directory / "index", directory, directory.parent):  # LMDB syncs its file, not the file's name
         sync_directory(name)
     return Recovered(index, segments, entries, len(lost) + bad, notes)
+
+
+def _leave_old_formats(directory: Path, notes: list[str]) -> None:
+    """Pages of an older format are removed, with their index: they are computed again when they are needed. The
+    segments' headers decide, as they have a checksum. Raises FormatNewer."""
+    versions: dict[int, list[Path]] = {}
+    for path in _segment_files(directory).values():
+        with contextlib.suppress(OSError):
+            header = read_header(path)
+            if header is not None:
+                versions.setdefault(header.version, []).append(path)
+    if (newest := max(versions, default=0)) > FORMAT_VERSION:
+        raise FormatNewer(newest, FORMAT_VERSION)
+    for version, paths in sorted(versions.items()):
+        if version == FORMAT_VERSION:
+            continue
+        count = f"{len(paths)} segment file{'s' if len(paths) > 1 else ''}"
+        notes.append(
+            f"pages of format {version} dropped ({count}): this version reads and writes format {FORMAT_VERSION}"
+        )
+        for path in paths:
+            path.unlink()
+        if FORMAT_VERSION not in versions:  # else it is this format's, or is found damaged and rebuilt
+            shutil.rmtree(directory / "index", ignore_errors=True)
 
 
 def _open_index(directory: Path, notes: list[str]) -> tuple[IndexFile, Contents, int]:

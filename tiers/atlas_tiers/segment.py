@@ -1,6 +1,7 @@
 """Segment files and their slots: what lies where is in FORMAT.md, which is the authority.
 
-A slot is a 4096-byte header that says all about the page, then the payload. Which slot is used is decided elsewhere.
+A slot is a 4096-byte header that says all about the page, then the payload. The header has a digest of each of the
+payload's parts (PageLayout.parts). Which slot is used is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from pathlib import Path
 
 import xxhash
 
+from .base import PageLayout
 from .keys import PACKED_BYTES, TOKEN_BYTES, PageId
 
 SECTOR = 4096
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SLOT_MAGIC = b"ATLSKVP1"
 SEGMENT_MAGIC = b"ATLSKVS1"
-# magic, version, kind, tokens, payload bytes, 8 zeros, identity, layout, key, parent, digest; then the token ids
-_SLOT = struct.Struct("<8sIHHQ8x32s32s32s32s16s")
+# magic, version, kind, tokens, payload bytes, parts, 4 zeros, identity, layout, key, parent; then ids and digests
+_SLOT = struct.Struct("<8sIHHQI4x32s32s32s32s")
 _SEGMENT = struct.Struct("<8sIIQ")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_AT = SECTOR - _CHECKSUM.size
+_DIGESTS_AT = _SLOT.size + PACKED_BYTES
+DIGEST_BYTES = 8
+MAX_PARTS = (_CHECKSUM_AT - _DIGESTS_AT) // DIGEST_BYTES
 
 
 class SlotDamaged(Exception):
@@ -37,7 +42,7 @@ class SlotHeader:
     identity: bytes
     layout: bytes
     payload_bytes: int
-    digest: bytes
+    digests: bytes  # one a part
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,9 +63,23 @@ def slot_size(page_bytes: int) -> int:
     return SECTOR + round_up(page_bytes)
 
 
-def digest(payload: memoryview) -> bytes:
-    """xxh3-128 of a payload, canonical (big-endian) byte order."""
-    return bytes(xxhash.xxh3_128_digest(payload))
+def digests(payload: memoryview, layout: PageLayout) -> bytes:
+    """The digest of every part of a payload, one after the other."""
+    return b"".join([_digest(payload[offset : offset + size]) for offset, size in layout.parts])
+
+
+def check_parts(data: memoryview, layout: PageLayout, first: int, last: int, table: bytes) -> None:
+    """Compares parts [first, last), which `data` begins with, with a page's digests. Raises SlotDamaged."""
+    start = layout.span(first, last)[0]
+    for number in range(first, last):
+        offset, size = layout.parts[number]
+        wanted = table[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+        if _digest(data[offset - start : offset - start + size]) != wanted:
+            raise SlotDamaged(f"checksum of part {number} differs")
+
+
+def _digest(part: memoryview) -> bytes:
+    return xxhash.xxh3_64_intdigest(part).to_bytes(DIGEST_BYTES, "little")
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -72,9 +91,11 @@ def encode_header(header: SlotHeader, into: memoryview) -> None:
     """Writes the 4096 bytes of a slot header to `into`."""
     page = header.page
     into[:SECTOR] = bytes(SECTOR)
-    fixed = (SLOT_MAGIC, FORMAT_VERSION, int(page.is_tail), page.count, header.payload_bytes)
-    _SLOT.pack_into(into, 0, *fixed, header.identity, header.layout, page.key, page.parent, header.digest)
+    parts = len(header.digests) // DIGEST_BYTES
+    fixed = (SLOT_MAGIC, FORMAT_VERSION, int(page.is_tail), page.count, header.payload_bytes, parts)
+    _SLOT.pack_into(into, 0, *fixed, header.identity, header.layout, page.key, page.parent)
     into[_SLOT.size : _SLOT.size + len(page.packed)] = page.packed
+    into[_DIGESTS_AT : _DIGESTS_AT + len(header.digests)] = header.digests
     _CHECKSUM.pack_into(into, _CHECKSUM_AT, checksum(into[:_CHECKSUM_AT]))
 
 
@@ -83,17 +104,20 @@ def decode_header(data: memoryview) -> SlotHeader:
     if len(data) < SECTOR:
         raise SlotDamaged(f"only {len(data)} bytes of a slot header")
     fields = _SLOT.unpack_from(data)
-    magic, version, kind, count, payload_bytes, identity, layout, key, parent, payload_digest = fields
+    magic, version, kind, count, payload_bytes, parts, identity, layout, key, parent = fields
     if magic != SLOT_MAGIC or version != FORMAT_VERSION:
         raise SlotDamaged("no slot header of this format")
     if _CHECKSUM.unpack_from(data, _CHECKSUM_AT)[0] != checksum(data[:_CHECKSUM_AT]):
         raise SlotDamaged("header checksum differs")
     if not 0 < count * TOKEN_BYTES <= PACKED_BYTES:
         raise SlotDamaged(f"{count} tokens in a page")
+    if not 0 < parts <= MAX_PARTS:
+        raise SlotDamaged(f"{parts} parts in a page")
     page = PageId(key, parent, bytes(data[_SLOT.size : _SLOT.size + count * TOKEN_BYTES]))
     if not page.consistent or kind != page.is_tail:
         raise SlotDamaged("the key does not belong to the tokens")
-    return SlotHeader(page, identity, layout, payload_bytes, payload_digest)
+    table = bytes(data[_DIGESTS_AT : _DIGESTS_AT + parts * DIGEST_BYTES])
+    return SlotHeader(page, identity, layout, payload_bytes, table)
 
 
 class Segment:
@@ -115,9 +139,10 @@ class Segment:
         """What the file takes of the cap."""
         return segment_bytes(self.slots, self.slot_bytes)
 
-    def read(self, slot: int, into: memoryview) -> int:
-        """Reads a slot's first len(into) bytes (whole sectors, aligned); returns how many it got. Raises OSError."""
-        return os.preadv(self._fd, [into], self._offset(slot))
+    def read(self, slot: int, into: memoryview, start: int = 0) -> int:
+        """Reads len(into) bytes of a slot from byte `start` on (all in whole sectors, aligned); returns the bytes it
+        got. Raises OSError."""
+        return os.preadv(self._fd, [into], self._offset(slot) + start)
 
     def write(self, slot: int, data: memoryview) -> None:
         """Writes from the slot's start. Durable after sync(). Raises OSError."""
@@ -172,14 +197,29 @@ def create_segment(directory: Path, number: int, slots: int, slot_bytes: int) ->
         os.close(descriptor)
 
 
-def read_shape(path: Path) -> tuple[int, int] | None:
-    """(slots, slot_bytes) from a segment file's own header; None if that can't be trusted. Raises OSError."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class SegmentHeader:
+    """A segment file's own header. Other versions may mean something else by all but `version`."""
+
+    version: int
+    slots: int
+    slot_bytes: int
+
+
+def read_header(path: Path) -> SegmentHeader | None:
+    """A segment file's own header, of whatever version; None if it can't be trusted. Raises OSError."""
     with path.open("rb") as file:
         head = file.read(SECTOR)
     if len(head) < SECTOR or _CHECKSUM.unpack_from(head, _CHECKSUM_AT)[0] != checksum(head[:_CHECKSUM_AT]):
         return None
-    magic, version, slots, slot_bytes = _SEGMENT.unpack_from(head)
-    return (slots, slot_bytes) if magic == SEGMENT_MAGIC and version == FORMAT_VERSION else None
+    magic, *fields = _SEGMENT.unpack_from(head)
+    return SegmentHeader(*fields) if magic == SEGMENT_MAGIC else None
+
+
+def read_shape(path: Path) -> tuple[int, int] | None:
+    """(slots, slot_bytes) of a segment file of this format; None if it is none. Raises OSError."""
+    header = read_header(path)
+    return (header.slots, header.slot_bytes) if header is not None and header.version == FORMAT_VERSION else None
 
 
 def sync_directory(directory: Path) -> None:
