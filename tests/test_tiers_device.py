@@ -7,6 +7,7 @@ import torch
 from atlas_tiers.base import KVGroup, PageLayout
 from atlas_tiers.device import DeviceMemory
 from atlas_tiers.memory import aligned_buffer
+from atlas_tiers.tensors import payload_layers, slab_tensor
 
 LAYOUT = PageLayout((KVGroup((0, 2), 2, 4), KVGroup((1,), 1, 8)), "bfloat16")
 
@@ -20,29 +21,55 @@ def memory(request: pytest.FixtureRequest) -> DeviceMemory:
 
 
 def test_shapes_and_zero_at_first(memory: DeviceMemory) -> None:
-    assert [tuple(slab.shape) for slab in memory.slabs] == [(3, 2, 2, 2, 64, 4), (3, 1, 2, 1, 64, 8)]
-    assert all(slab.dtype == torch.bfloat16 and not slab.any() for slab in memory.slabs)
+    shapes = {layer: tuple(pages.values.shape) for layer, pages in memory.layers.items()}
+    assert shapes == {0: (3, 2, 2, 64, 4), 2: (3, 2, 2, 64, 4), 1: (3, 2, 1, 64, 8)}
+    assert all(p.values.dtype == torch.bfloat16 and not p.values.any() for p in memory.layers.values())
+
+
+def fill(memory: DeviceMemory) -> None:
+    for pages in memory.layers.values():
+        pages.values.copy_(torch.randn(pages.values.shape))
 
 
 def test_a_payload_is_the_rows_in_order(memory: DeviceMemory) -> None:
-    for slab in memory.slabs:
-        slab.copy_(torch.randn(slab.shape))
+    fill(memory)
     payload = aligned_buffer(LAYOUT.page_bytes)
     memory.read(1, payload)
-    rows = b"".join(slab[1].contiguous().view(torch.int16).numpy().tobytes() for slab in memory.slabs)
+    layers = [layer for group in LAYOUT.groups for layer in group.layers]
+    rows = b"".join(memory.layers[layer].values[1].contiguous().view(torch.int16).numpy().tobytes() for layer in layers)
     assert bytes(payload) == rows
     memory.write(2, payload)
-    assert all(torch.equal(slab[1], slab[2]) for slab in memory.slabs)
-    assert not any(torch.equal(slab[0], slab[1]) for slab in memory.slabs)
+    assert all(torch.equal(p.values[1], p.values[2]) for p in memory.layers.values())
+    assert not any(torch.equal(p.values[0], p.values[1]) for p in memory.layers.values())
+
+
+def test_a_payload_read_as_layers_is_the_block(memory: DeviceMemory) -> None:
+    fill(memory)
+    payload = aligned_buffer(LAYOUT.page_bytes)
+    memory.read(1, payload)
+    found = payload_layers(LAYOUT, slab_tensor(payload, LAYOUT.page_bytes))
+    assert all(torch.equal(found[n].values[0], memory.layers[n].values[1]) for n in (0, 1, 2))
+
+
+def test_int8_pages_have_scales_beside_their_codes() -> None:
+    layout = PageLayout(LAYOUT.groups, "int8")
+    memory = DeviceMemory(layout, 3, "cpu")
+    pages = memory.layers[2]
+    assert pages.scales is not None
+    assert (tuple(pages.values.shape), tuple(pages.scales.shape)) == ((3, 2, 2, 64, 4), (3, 2, 2, 64))
+    assert layout.page_bytes == 2 * (2 * 2 * 64 * (4 + 2)) + 2 * 1 * 64 * (8 + 2)
+    pages.values[1], pages.scales[1] = 7, 0.5
+    memory.duplicate(1, 0)
+    assert bool((pages.values[0] == 7).all()) and bool((pages.scales[0] == 0.5).all())
+    assert not memory.layers[0].values.any() and not pages.values[2].any()
 
 
 def test_duplicate_and_erase(memory: DeviceMemory) -> None:
-    for slab in memory.slabs:
-        slab.copy_(torch.randn(slab.shape))
+    fill(memory)
     memory.duplicate(0, 2)
-    assert all(torch.equal(slab[0], slab[2]) for slab in memory.slabs)
+    assert all(torch.equal(p.values[0], p.values[2]) for p in memory.layers.values())
     memory.erase(0)
-    assert all(not slab[0].any() and slab[1].any() and slab[2].any() for slab in memory.slabs)
+    assert all(not p.values[0].any() and p.values[1].any() and p.values[2].any() for p in memory.layers.values())
 
 
 @pytest.mark.gpu

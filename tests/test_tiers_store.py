@@ -175,8 +175,13 @@ def test_open_without_room_lets_everything_go(tmp_path: Path) -> None:
     turn(first, TEXT[:600])
     first.close()
     tiered = store(tmp_path, blocks=6)
+    running = [opened(tiered, some_tokens(50, seed=10 + n)) for n in range(6)]
+    for sequence in running:  # an open block each: these can't be sent away
+        sequence.reserve(50)
     with pytest.raises(OutOfBlocks):
-        tiered.open(TEXT[:600], "ann", durable=True)
+        tiered.open(TEXT[:600], "ann", durable=True)  # it ends in a tail, which needs a block
+    for sequence in running:
+        sequence.release()
     assert tiered.stats()[0].free == 6
     assert opened(tiered, TEXT[:200]).length == 199
     tiered.check()

@@ -14,6 +14,8 @@ from atlas_tiers.disk import DiskConfig
 from atlas_tiers.sequence import Sequence as RunningSequence
 from atlas_tiers.store import TieredStore
 
+from atlasd.engine.context import Reader, key_splits, span
+
 LAYOUT = PageLayout((KVGroup((0, 2), 2, 4), KVGroup((1,), 1, 8)), "float32")
 IDENTITY = b"model A, quantized so"
 PATIENCE_S = 30.0
@@ -58,8 +60,8 @@ def write(tiered: TieredStore, sequence: RunningSequence, tokens: Sequence[int],
     wanted = values(tokens, owner, **names)
     for position in range(start, len(tokens)):
         block = sequence.block_table[position // BLOCK_TOKENS]
-        for layer, slab in enumerate(tiered.slabs):
-            slab[block, :, :, :, position % BLOCK_TOKENS] = wanted[position] + layer
+        for layer, pages in tiered.pages.items():
+            pages.values[block, :, :, position % BLOCK_TOKENS] = wanted[position] + layer
     sequence.commit(tokens[start:])
 
 
@@ -67,11 +69,18 @@ def assert_content(tiered: TieredStore, sequence: RunningSequence, tokens: Seque
     """Every element in [0, length) is what the tokens say, and the length is allowed."""
     wanted = torch.tensor(values(tokens, owner)[: sequence.length])
     assert len(wanted) == sequence.length
-    for layer, slab in enumerate(tiered.slabs):
-        rows = slab[torch.tensor(sequence.block_table[: -(-sequence.length // BLOCK_TOKENS)], dtype=torch.long)]
-        found = rows.permute(0, 4, 1, 2, 3, 5).flatten(0, 1)[: sequence.length].flatten(1)
-        expected = (wanted + layer)[:, None].expand_as(found)
-        assert torch.equal(found, expected), f"wrong content from token {(found != expected).any(1).int().argmax()}"
+    if not sequence.length:
+        return
+    table, cpu = sequence.block_table, torch.device("cpu")
+    whole = span(0, sequence.length, 0, table, sequence.away, tiered, cpu)
+    reader = Reader(tiered, [whole])
+    for layer in sorted(tiered.pages):
+        for keys in key_splits(whole, None):
+            expected = (wanted[keys.start : keys.stop] + layer)[None, :, None]
+            for found in reader.gather(layer, whole, keys, torch.float32):
+                wrong = (found != expected).any(0).any(1)
+                assert not wrong.any(), f"wrong content from token {keys.start + int(wrong.int().argmax())}"
+    reader.close()
 
 
 def opened(tiered: TieredStore, tokens: Sequence[int], owner: str = "ann", *, durable: bool = True) -> RunningSequence:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from atlas_client.errors import ErrorCode, ErrorReply
 from atlas_client.protocol import Error, Progress, TierUsage, TokenLogprob, Tokens
-from atlas_tiers.base import BLOCK_TOKENS, KVStore, OutOfBlocks, Ticket
+from atlas_tiers.base import BLOCK_TOKENS, BlocksComing, KVStore, OutOfBlocks, Ticket
+from atlas_tiers.errors import PageDamaged
 
 from atlasd.config import Config
 
@@ -47,13 +48,14 @@ class Worker:
         self.loaded = loaded
         self.store = store
         self.link = link
-        self.scheduler = Scheduler(config.max_batch, config.prefill_chunk)
+        blocks = store.stats()[0].total
+        self.scheduler = Scheduler(config.max_batch, min(config.prefill_chunk, max(1, blocks - 2) * BLOCK_TOKENS))
         self.forward = Forward(loaded, store)
         self.text = Text(loaded.tokenizer, loaded.vocab, loaded.max_context)
         self.steps = 0
         self.stopping = False
         self.keeps_disk = config.disk_dir is not None
-        self.pool_tokens = store.stats()[0].total * BLOCK_TOKENS
+        self.kv_tokens = store.capacity
         self._settling: list[Request] = []  # finished, their pages being written
         self._persists: list[_Ticketed] = []
 
@@ -128,12 +130,12 @@ class Worker:
         if base + (0 if message.append_only else 1) > limit:
             past = f" after {len(history)} of the session" if history else ""
             raise ErrorReply(ErrorCode.CONTEXT_OVERFLOW, f"{len(prompt)} tokens{past} do not fit into {limit}")
-        if base + 1 > self.pool_tokens:
+        if base + 1 > self.kv_tokens:
             raise ErrorReply(
-                self._memory_code, f"{base} tokens do not fit into the {self.pool_tokens} that pages are there for"
+                self._memory_code, f"{base} tokens do not fit into the {self.kv_tokens} that pages are there for"
             )
         wanted = DEFAULT_MAX_TOKENS if sampling.max_tokens is None else sampling.max_tokens
-        room = min(limit, self.pool_tokens) - base
+        room = min(limit, self.kv_tokens) - base
         return Request(
             submit=message,
             history=history,
@@ -233,9 +235,13 @@ class Worker:
         parts = [part for part in parts if self._reserve(part)]
         parts = [part for part in parts if part.request.state is State.RUNNING]  # some gave way to others
         if not parts:
+            self.store.wait(BUSY_WAIT_S)
             return
         try:
             logits = self.forward([_piece(part) for part in parts])
+        except PageDamaged as error:
+            self._page_lost([part.request for part in parts], error)
+            return
         except (RuntimeError, ValueError, IndexError) as error:
             log.exception("forward pass of %d requests", len(parts))
             code = self._memory_code if isinstance(error, torch.OutOfMemoryError) else ErrorCode.INTERNAL
@@ -253,12 +259,14 @@ class Worker:
                 self._progress(part.request, "prefill", kv.length, part.request.base)
 
     def _reserve(self, part: Part) -> bool:
-        """Pages for the part's tokens; younger requests give theirs up when there are none."""
+        """Pages for the part's tokens; younger requests give theirs up when there are none. False: not in this pass."""
         request = part.request
         while request.state is State.RUNNING and request.kv:
             try:
                 request.kv.reserve(part.count)
                 return True
+            except BlocksComing:
+                return False
             except OutOfBlocks:
                 victim = self.scheduler.victim(request)
                 if victim is None:
@@ -273,6 +281,13 @@ class Worker:
             self._preempt(request)
         else:
             self.fail(request, ErrorReply(self._memory_code, f"no page left at token {len(request.tokens)}"))
+
+    def _page_lost(self, requests: list[Request], error: PageDamaged) -> None:
+        """A page that was away could not be read, and is gone: who had pages away begins again with what is left."""
+        for request in reversed(requests):
+            if request.kv is not None and request.kv.away:
+                request.reset_reason = f"{error}: computed again"
+                self._preempt(request)
 
     def _preempt(self, request: Request) -> None:
         log.info("request %s gives its pages back at token %d", request.rid, len(request.tokens))
@@ -388,7 +403,7 @@ def _piece(part: Part) -> Piece:
     kv = part.request.kv
     assert kv is not None
     tokens = part.request.tokens[kv.length : kv.length + part.count]
-    return Piece(tokens, kv.length, kv.block_table, part.sample)
+    return Piece(tokens, kv.length, kv.block_table, part.sample, kv.away)
 
 
 def _ids(raw: bytes) -> list[int]:

@@ -29,6 +29,7 @@ class Catalog(Generic[Place]):
         self.page_bytes = layout.page_bytes
         self._state = threading.Condition()
         self._index: PageIndex[Place] = PageIndex(identity)
+        self._pinned = 0  # entries with pins
 
     def find(self, key: bytes) -> bool:
         """Whether an own page is there under `key`."""
@@ -69,6 +70,7 @@ class Catalog(Generic[Place]):
         with self._state:
             entry.pins -= 1
             if entry.pins == 0:
+                self._pinned -= 1
                 self._state.notify_all()
                 if entry.gone:
                     self._vacate(entry)
@@ -116,6 +118,7 @@ class Catalog(Generic[Place]):
     def _hold(self, key: bytes) -> Entry[Place] | None:
         entry = self._index.find(key)
         if entry is not None:
+            self._pinned += not entry.pins
             entry.pins += 1
             self._used(entry)
         return entry

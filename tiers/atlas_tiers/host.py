@@ -117,7 +117,7 @@ class HostTier(Catalog[int]):
     def unheld(self) -> int:
         """Places that are free or hold pages nobody reads."""
         with self._state:
-            return self._total - len(self._open) - sum(entry.pins > 0 for entry in self._index)
+            return self._total - len(self._open) - self._pinned
 
     def stats(self) -> TierStats:
         """Pages and bytes now."""

@@ -7,11 +7,11 @@ all pages in every step and any order of recent use would send away just what is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .base import BlocksComing
-from .block import Block, BlockPool
+from .block import Block, BlockPool, State
 from .catalog import Catalog
 from .counters import Counters
 from .device import DeviceMemory
@@ -20,12 +20,13 @@ from .errors import PageDamaged
 from .held import Held
 from .host import HostTier
 from .keys import PageId
-from .sequence import Sequence
+from .prefix import Hit
+from .sequence import Sequence as Running
 
 
 class Room:
-    """Engine thread only. `write` queues a block's page to be written to disk; `coming` says whether writes are queued
-    whose end will set blocks free."""
+    """Engine thread only. `write` queues a block's page to be written to disk; `coming` says whether reads or writes
+    are queued whose end may set blocks free."""
 
     def __init__(
         self,
@@ -39,16 +40,32 @@ class Room:
     ) -> None:
         self._pool, self._memory, self._host, self._disk = pool, memory, host, disk
         self._counters, self._write, self._coming = counters, write, coming
-        self.running: list[Sequence] = []
+        self.running: list[Running] = []
 
     def take(self, count: int) -> list[Block]:
-        """`count` OPEN blocks. Raises BlocksComing when they will be free once queued writes are done, else
+        """`count` OPEN blocks. Raises BlocksComing when they will be free once queued reads or writes are done, else
         OutOfBlocks; pages may have been sent away then."""
         if count > self._pool.available:
             self._make(count)
         if count > self._pool.available and self._coming():
             raise BlocksComing(f"{count} blocks wanted, {self._pool.available} free until pages are written")
         return self._pool.take(count)
+
+    def spare(self, hits: Sequence[Hit], count: int) -> None:
+        """Of a prefix that was found: makes its last pages in the pool stay away, as far as `count` blocks want it."""
+        movable = (hit for hit in reversed(hits) if hit.block is not None)
+        for hit in movable:
+            block = hit.block
+            if self._pool.available >= count:
+                return
+            if block is None or block.refs > 1 or block.state is not State.SEALED:
+                continue
+            held = self._hold(hit.page, block)
+            if held is not None:
+                hit.block, hit.sources = None, [(held.tier, held.entry)]
+                self._pool.release(block)
+            else:
+                self._write_if_possible(block, hit.page)
 
     def _make(self, count: int) -> None:
         to_write: list[tuple[Block, PageId]] = []
@@ -63,32 +80,33 @@ class Room:
                 self._counters.add("device_pages_sent_away")
             elif block is not None and len(to_write) < missing:
                 to_write.append((block, page))
-        if self._disk is not None and not self._disk.last_error:
-            for block, page in to_write:
-                self._write(block, page)
+        for block, page in to_write:
+            self._write_if_possible(block, page)
 
-    def _candidates(self) -> Iterator[tuple[Sequence, int]]:
+    def _write_if_possible(self, block: Block, page: PageId) -> None:
+        if self._disk is not None and not self._disk.last_error:
+            self._write(block, page)
+
+    def _candidates(self) -> Iterator[tuple[Running, int]]:
         movable = [(sequence, sequence.movable()) for sequence in self.running]
         for sequence, positions in sorted(movable, key=lambda pair: -len(pair[1])):
             for position in positions:
                 yield sequence, position
 
     def _hold(self, page: PageId, block: Block | None) -> Held | None:
-        """The page pinned in RAM, or on disk; copied to RAM if it is in neither. None: neither can be."""
-        tiers: list[Catalog[Any]] = [tier for tier in (self._host, self._disk) if tier is not None]
+        """The page pinned in RAM, copied there if there is room, or on disk. None: it is nowhere but in its block."""
+        host, disk = self._host, self._disk
+        if host is not None and block is not None and host.unheld > 0:
+            host.store([(page, lambda into: self._memory.read(block.number, into))])
+        tiers: list[Catalog[Any]] = [tier for tier in (host, disk) if tier is not None]
         for tier in tiers:
             entry = tier.pin(page)
             if entry is None:
                 continue
             try:
-                if tier is self._host:
+                if tier is host:
                     tier.verify(entry)
                 return Held(tier, entry)
             except PageDamaged:
                 tier.unpin(entry)
-        if self._host is None or block is None:
-            return None
-        self._host.store([(page, lambda into: self._memory.read(block.number, into))])
-        entry = self._host.pin(page)
-        return Held(self._host, entry) if entry else None
-
+        return None

@@ -69,7 +69,7 @@ class TieredStore:
         self._tiers: list[Catalog[Any]] = [tier for tier in (self._host, self._disk) if tier is not None]
         self._mover = Mover(self._memory.write, self._host, self._disk, self._counters, READERS)
         self._room = Room(
-            self.pool, self._memory, self._host, self._disk, self._counters, self._write_behind, lambda: bool(self._queued)
+            self.pool, self._memory, self._host, self._disk, self._counters, self._write_behind, lambda: self.writing
         )
         self._ring = Ring(layout, self._counters, most=SPLIT_PAGES, readers=STREAM_READERS)
         on_cpu = device == "cpu"  # there attention reads the host tier in place
@@ -96,7 +96,9 @@ class TieredStore:
         self.poll()  # not between search and placing: a fill that fails then would be taken for a page that is there
         found = longest_prefix(root, pack(tokens[:-1]), self.pool, self._tiers)
         try:
-            fresh = self._room.take(self._fresh_blocks(found, len(tokens)))
+            count = self._fresh_blocks(found, len(tokens))
+            self._room.spare(found.hits, count)
+            fresh = self._room.take(count)
         except BaseException:
             found.give_up(self.pool)
             raise
