@@ -1,4 +1,4 @@
-"""One conformance suite for every tier below the device (PageTier), run on the RAM tier and on the disk tier."""
+"""One conformance suite for every tier (PageTier), run on the device pool, the RAM tier and the disk tier."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 from atlas_tiers.base import PageHeader, PageTier
+from atlas_tiers.block import BlockPool
 from atlas_tiers.counters import Counters
+from atlas_tiers.device import DeviceMemory
 from atlas_tiers.disk import DiskTier
 from atlas_tiers.host import HostTier
 from atlas_tiers.keys import PageId, pack
+from atlas_tiers.pool import DeviceTier
 from tiers_support import LAYOUT, disk_config
 
 ROOT = b"r" * 32
@@ -20,13 +23,16 @@ PAGES = 12
 Make = Callable[[], PageTier]
 
 
-@pytest.fixture(params=["host", "disk"])
+@pytest.fixture(params=["device", "host", "disk"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     """Makes a tier with room for about PAGES pages."""
     made: list[PageTier] = []
 
     def build() -> PageTier:
-        if request.param == "host":
+        if request.param == "device":
+            pool = BlockPool(PAGES, lambda number, page: None)
+            made.append(DeviceTier(LAYOUT, pool, DeviceMemory(LAYOUT, PAGES, "cpu")))
+        elif request.param == "host":
             made.append(HostTier(LAYOUT, PAGES * LAYOUT.page_bytes, Counters()))
         else:
             cap = disk_config(tmp_path, pages=PAGES).cap_bytes - (1 << 20) + 800_000

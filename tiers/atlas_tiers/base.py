@@ -85,7 +85,10 @@ class TierStats:
 
 
 class PageTier(Protocol):
-    """RAM and disk tiers. One conformance suite runs on each. Thread-safe."""
+    """Device pool, RAM and disk. One conformance suite runs on each. Thread-safe.
+
+    The device pool differs in two points: its blocks carry no checksum, and drop() refuses a page that a running
+    sequence holds."""
 
     name: str
 

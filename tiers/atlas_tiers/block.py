@@ -57,6 +57,10 @@ class BlockPool:
         block = self._registered.get(page.key)
         return block if block is not None and block.page == page else None
 
+    def find_key(self, key: bytes) -> Block | None:
+        """The block registered under `key`, sealed or being filled."""
+        return self._registered.get(key)
+
     def followers(self, parent: bytes) -> list[Block]:
         """Sealed blocks whose page comes right after `parent`."""
         return [block for block in self._followers.get(parent, {}).values() if block.state is State.SEALED]
@@ -101,13 +105,14 @@ class BlockPool:
         self._followers.setdefault(page.parent, {})[page.key] = block
         return True
 
-    def seal(self, block: Block, page: PageId) -> bool:
-        """OPEN to SEALED. Unreferenced tails whose tokens this page begins with are superseded and become FREE.
-        False: another block holds the same page, and this one won't outlive its references."""
+    def seal(self, block: Block, page: PageId, *, supersede: bool = True) -> bool:
+        """OPEN to SEALED. Unreferenced tails whose tokens this page begins with become FREE, unless `supersede` is
+        False. False: another block holds the same page, and this one won't outlive its references."""
         block.state = State.SEALED
         if not block.registered and not self.register(block, page):
             return False
-        self._supersede(page)
+        if supersede:
+            self._supersede(page)
         return True
 
     def covers(self, page: PageId) -> bool:

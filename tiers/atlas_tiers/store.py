@@ -12,7 +12,7 @@ import functools
 from collections.abc import Sequence as Tokens
 from typing import Any
 
-from .base import PageLayout, Ticket, TierStats
+from .base import PageLayout, PageTier, Ticket, TierStats
 from .block import Block, BlockPool
 from .catalog import Catalog
 from .counters import Counters
@@ -22,6 +22,7 @@ from .host import HostTier
 from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, chain, identity_hash, pack, root_key
 from .memory import copy
 from .mover import Mover, ReadJob, TicketJob, WriteJob
+from .pool import DeviceTier
 from .prefix import Prefix, longest_prefix
 from .sequence import Sequence
 from .space import DiskConfig
@@ -57,6 +58,7 @@ class TieredStore:
         self._memory = DeviceMemory(layout, device_blocks, device)
         self.slabs = self._memory.slabs
         self.pool = BlockPool(device_blocks, self._demote)
+        self._device = DeviceTier(layout, self.pool, self._memory)
         self._host = HostTier(layout, host_bytes, self._counters) if host_bytes >= layout.page_bytes else None
         self._disk = self._open_disk(disk)
         self._tiers: list[Catalog[Any]] = [tier for tier in (self._host, self._disk) if tier is not None]
@@ -271,7 +273,7 @@ class TieredStore:
         self.poll()
         free = [page for page in self._related(tokens, owner) if self._unused(page)]
         keys = [page.key for page in free]
-        erased = {page.key for page in free if self._erase_block(page)}
+        erased = {key for key in keys if self._device.drop(key, erase=True)}
         if self._host is not None:
             erased |= {key for key in keys if self._host.drop(key, erase=True)}
         if self._disk is not None:
@@ -282,13 +284,6 @@ class TieredStore:
     def _unused(self, page: PageId) -> bool:
         block = self.pool.find(page)
         return block is None or block.refs == 0
-
-    def _erase_block(self, page: PageId) -> bool:
-        block = self.pool.find(page)
-        if block is None:
-            return False
-        self._memory.erase(block.number)
-        return self.pool.forget(block)
 
     def _related(self, tokens: Tokens[int], owner: str) -> list[PageId]:
         """The chain of `tokens` and every tail, old ones too, that `tokens` goes through."""
@@ -302,13 +297,13 @@ class TieredStore:
 
     # --- accounts ----------------------------------------------------------------------------------
 
+    @property
+    def _all(self) -> list[PageTier]:
+        return [self._device, *(tier for tier in (self._host, self._disk) if tier is not None)]
+
     def stats(self) -> list[TierStats]:
         """Each tier's pages and bytes, fastest first."""
-        total, free, open_, sealed = self.pool.counts()
-        size = self.layout.page_bytes
-        device = TierStats("device", total, free, open_, sealed, size, (open_ + sealed) * size, total * size)
-        lower = [tier.stats() for tier in (self._host, self._disk) if tier is not None]
-        return [device, *lower]
+        return [tier.stats() for tier in self._all]
 
     def counters(self) -> dict[str, int]:
         """Monotonic counts by name; a name appears with its first count."""
@@ -321,18 +316,15 @@ class TieredStore:
 
     def check(self) -> None:
         """Raises AssertionError when the accounting identity fails on any tier. Call when idle."""
-        self.pool.check()
-        for tier in (self._host, self._disk):
-            if tier is not None:
-                tier.check()
+        for tier in self._all:
+            tier.check()
 
     def close(self) -> None:
         """Finishes the write queue, stops the threads, lets the directory go."""
         self._mover.close()
         self.poll()
-        for tier in (self._host, self._disk):
-            if tier is not None:
-                tier.close()
+        for tier in self._all:
+            tier.close()
 
     # --- names of pages ----------------------------------------------------------------------------
 
