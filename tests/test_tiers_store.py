@@ -205,6 +205,43 @@ def test_evicted_pages_come_back_from_the_host_tier() -> None:
     tiered.close()
 
 
+def hits(tiered: TieredStore) -> tuple[int, ...]:
+    """(device, host, disk, miss) pages so far."""
+    counts = tiered.counters()
+    return tuple(counts.get(name, 0) for name in ("device_hit_pages", "host_hit_pages", "disk_hit_pages", "miss_pages"))
+
+
+def test_hits_are_counted_by_tier(tmp_path: Path) -> None:
+    tiered = store(tmp_path, blocks=8, host_pages=16)
+    turn(tiered, TEXT[:257])
+    assert hits(tiered) == (0, 0, 0, 4), "256 of 257 tokens are offered"
+    turn(tiered, TEXT[:300])
+    assert hits(tiered) == (5, 0, 0, 4)
+    turn(tiered, some_tokens(512, seed=8))
+    device, host, disk, miss = hits(tiered)
+    assert (device, host, disk, miss) == (5, 0, 0, 12)
+    opened(tiered, TEXT[:300]).release()
+    assert hits(tiered) == (5, 5, 0, 12)
+    tiered.close()
+    again = store(tmp_path)
+    opened(again, TEXT[:400]).release()
+    assert hits(again) == (0, 0, 5, 2)
+    again.close()
+
+
+def test_an_open_that_is_refused_counts_nothing(tmp_path: Path) -> None:
+    tiered = store(tmp_path, blocks=2)
+    turn(tiered, TEXT[:128])
+    held = opened(tiered, some_tokens(128, seed=3))
+    held.reserve(128)
+    before = hits(tiered)
+    with pytest.raises(OutOfBlocks):
+        tiered.open(TEXT[:128], "ann", durable=True)
+    assert hits(tiered) == before
+    held.release()
+    tiered.close()
+
+
 def test_two_sequences_wait_for_one_read(tmp_path: Path) -> None:
     first = store(tmp_path)
     turn(first, TEXT[:640])

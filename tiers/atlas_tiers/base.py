@@ -203,7 +203,9 @@ class KVStore(Protocol):
     def stats(self) -> list[TierStats]: ...
 
     def counters(self) -> dict[str, int]:
-        """Monotonic counts: pages written, read, damaged, dropped, evicted, bytes."""
+        """Monotonic counts: pages written, read, damaged, dropped, evicted, bytes. `device_hit_pages`,
+        `host_hit_pages`, `disk_hit_pages`, `miss_pages`: of the prefixes offered to open(), by the fastest tier that
+        had them."""
         ...
 
     @property

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Sequence as Tokens
 from typing import Any
 
-from .base import PageLayout, PageTier, Ticket, TierStats
+from .base import BLOCK_TOKENS, PageLayout, PageTier, Ticket, TierStats
 from .block import Block, BlockPool
 from .catalog import Catalog
 from .counters import Counters
@@ -88,12 +88,19 @@ class TieredStore:
         except BaseException:
             found.give_up(self.pool)
             raise
+        self._count(found, len(tokens) - 1)
         sequence = Sequence(self, root, durable=durable)
         self._place(sequence, found, fresh)
         if self._disk is not None:
             for hit in reversed(found.hits):
                 self._disk.touch(hit.page)
         return sequence
+
+    def _count(self, found: Prefix, offered: int) -> None:
+        """Pages of `offered` tokens by where they were found."""
+        for hit in found.pages:
+            self._counters.add(f"{hit.tier}_hit_pages")
+        self._counters.add("miss_pages", max(0, -(-offered // BLOCK_TOKENS) - len(found.pages)))
 
     def _place(self, sequence: Sequence, found: Prefix, fresh: list[Block]) -> None:
         """Gives each page its block and starts the reads."""
