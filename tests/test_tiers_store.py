@@ -394,6 +394,58 @@ def test_pages_of_an_anonymous_sequence_reach_the_disk_when_a_session_uses_them(
     second.close()
 
 
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("durable", [True, False])
+def test_anonymous_pages_reach_the_disk_at_their_second_use(tmp_path: Path, where: str, durable: bool) -> None:
+    """Found in the device pool or in RAM by another sequence. What only one sequence used is not written."""
+    tiered = store(tmp_path, blocks=8, host_pages=32)
+    turn(tiered, TEXT[:300], durable=False)
+    once = some_tokens(500, seed=8)
+    if where == "host":
+        turn(tiered, once, durable=False)
+    assert tiered.counters().get("disk_pages_written", 0) == 0
+    again = opened(tiered, [*TEXT[:256], *some_tokens(60, seed=2)], durable=durable)
+    assert again.length == 256
+    until_written(tiered)
+    assert tiered.counters()["disk_pages_written"] == tiered.counters()["disk_second_use_pages"] == 4
+    again.release()
+    opened(tiered, TEXT[:290], durable=False).release()
+    until_written(tiered)
+    assert tiered.counters()["disk_pages_written"] == 4, "a page was written twice, or a tail was"
+    tiered.check()
+    tiered.close()
+    second = store(tmp_path)
+    assert opened(second, TEXT[:400]).restored == 256
+    assert second.open(once, "ann", durable=True).length == 0
+    second.close()
+
+
+def until_written(tiered: TieredStore) -> None:
+    """Every queued write is done."""
+    deadline = time.monotonic() + PATIENCE_S
+    while tiered.writing:
+        assert time.monotonic() < deadline
+        tiered.wait(0.05)
+        tiered.poll()
+
+
+def test_second_use_waits_while_the_queue_is_full(tmp_path: Path) -> None:
+    tiered = store(tmp_path, blocks=32)
+    turn(tiered, TEXT[:900], durable=False)
+    with tiered._disk._io:  # the writer waits here
+        first = opened(tiered, TEXT[:900], durable=False)
+        assert tiered.counters()["disk_writes_deferred"] == 1
+        first.release()
+    until_written(tiered)
+    written = tiered.counters()["disk_pages_written"]
+    assert 0 < written < 14
+    opened(tiered, TEXT[:900], durable=False).release()
+    until_written(tiered)
+    assert tiered.counters()["disk_pages_written"] > written
+    tiered.check()
+    tiered.close()
+
+
 def test_persist_of_a_chain_that_only_memory_holds(tmp_path: Path) -> None:
     """From the device pool and from the host tier."""
     tiered = store(tmp_path, blocks=8, host_pages=16)

@@ -175,7 +175,8 @@ class KVStore(Protocol):
 
     def open(self, tokens: Sequence[int], owner: str, *, durable: bool) -> KVSequence:
         """Begins a sequence that will hold `tokens`. Finds the longest usable prefix of tokens[:-1] over all tiers (one
-        token at least is left to compute), pins what is resident, starts reading the rest. Raises OutOfBlocks."""
+        token at least is left to compute), pins what is resident, starts reading the rest. Pages of a sequence that is
+        not durable stay in memory; those that a later sequence finds there are written to disk. Raises OutOfBlocks."""
         ...
 
     def poll(self) -> None:

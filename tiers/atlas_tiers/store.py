@@ -1,8 +1,9 @@
 """All tiers behind one handle: what the engine's main loop calls. Engine thread only; the mover's threads do the I/O.
 
 A page leaves the device pool when no one references it and its block is wanted; it goes to the host tier if there is
-one. Durable sequences' pages are also written to disk behind the engine as they fill. When that queue is full a page is
-left out, and persist(), which asks the disk what it lacks, writes it later.
+one. Durable sequences' pages are also written to disk behind the engine as they fill; those of anonymous ones when they
+are used a second time. When that queue is full a page is left out, and persist(), which asks the disk what it lacks,
+writes it later.
 """
 
 from __future__ import annotations
@@ -92,9 +93,23 @@ class TieredStore:
         sequence = Sequence(self, root, durable=durable)
         self._place(sequence, found, fresh)
         if self._disk is not None:
+            self._keep_reused([hit.page for hit in found.hits])
             for hit in reversed(found.hits):
                 self._disk.touch(hit.page)
         return sequence
+
+    def _keep_reused(self, pages: list[PageId]) -> None:
+        """Queues pages that are used a second time and not on disk: those that an anonymous sequence computed."""
+        for page in pages:
+            if self._on_disk(page):
+                continue
+            if len(self._queued) >= self._queue_pages:
+                self._counters.add("disk_writes_deferred")
+                return
+            job = self._job_from_memory(page)
+            if job is not None:
+                self._counters.add("disk_second_use_pages")
+                self._mover.submit([job])
 
     def _count(self, found: Prefix, offered: int) -> None:
         """Pages of `offered` tokens by where they were found."""
