@@ -140,6 +140,26 @@ def test_the_least_recently_used_goes_first(make: Make) -> None:
     tier.check()
 
 
+def test_the_end_of_a_chain_goes_before_its_beginning(make: Make) -> None:
+    """Even when the beginning was not used for longer: later pages are of no use without it."""
+    tier = make()
+    chain = [header(1)]
+    while len(chain) < 4:
+        chain.append(header(1, parent=chain[-1].key))
+    for page in chain:
+        assert tier.put(page, payload(1))
+        read(tier, page.key)
+    left, other = [True] * len(chain), 100
+    while any(left):
+        assert tier.put(header(other), payload(1))
+        read(tier, header(other).key)
+        other += 1
+        left = [tier.find(page.key) for page in chain]
+        assert left == sorted(left, reverse=True)
+        assert other < 200
+    tier.check()
+
+
 def test_many_threads(make: Make) -> None:
     """Readers, writers and droppers at once: what is read is right, and the accounts hold."""
     tier = make()

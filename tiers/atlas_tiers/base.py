@@ -5,6 +5,9 @@ its key. A *sealed* page is full and immutable; a *tail* is the part-filled last
 names tokens [0, end of page): it is SHA-256 over the previous key and the page's token ids, seeded with identity and
 owner, so equal keys mean equal K/V.
 
+What is evicted: the end of a chain before its beginning; of which chain, `--kv-policy` says (see evict). The order of
+use outlives a restart; how often pages were used does not, so GDSF begins anew.
+
 States of a block: FREE, OPEN (one sequence appends to it), SEALED (immutable, shared by reference count; with no
 reference it is a cache entry that may be evicted). free + open + sealed = total, on every tier.
 """

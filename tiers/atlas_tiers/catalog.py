@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from .base import PageHeader
 from .errors import PageDamaged
+from .evict import Policy
 from .index import Entry, PageIndex
 from .keys import PageId
 from .memory import copy
@@ -23,10 +24,10 @@ class Catalog(Generic[Place]):
     name: str
     page_bytes: int
 
-    def __init__(self, identity: bytes) -> None:
+    def __init__(self, identity: bytes, policy: Policy | None = None) -> None:
         self._identity = identity
         self._state = threading.Condition()
-        self._index: PageIndex[Place] = PageIndex(identity)
+        self._index: PageIndex[Place] = PageIndex(identity, policy)
 
     def find(self, key: bytes) -> bool:
         """Whether an own page is there under `key`."""

@@ -74,7 +74,7 @@ def longest_prefix(root: bytes, packed: bytes, pool: BlockPool, tiers: Sequence[
     hits: list[Hit] = []
     parent = root
     for start in range(0, len(packed) - PACKED_BYTES + 1, PACKED_BYTES):
-        hit = _hold(PageId.of(parent, packed[start : start + PACKED_BYTES]), pool, tiers)
+        hit = _hold(PageId.of(parent, packed[start : start + PACKED_BYTES], len(hits)), pool, tiers)
         if hit is None:
             break
         hits.append(hit)

@@ -19,6 +19,7 @@ from .catalog import Catalog
 from .counters import Counters
 from .device import DeviceMemory
 from .disk import DiskTier
+from .evict import Uses, make_policy, relative_cost
 from .host import HostTier
 from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, chain, identity_hash, pack, root_key
 from .memory import copy
@@ -50,17 +51,21 @@ class TieredStore:
         host_bytes: int,
         disk: DiskConfig | None,
         device: str = "cpu",
+        policy: str = "lru",
     ) -> None:
         """Raises StoreLocked when another engine has the directory, OSError or torch's error when memory is short.
-        A directory that can't be used for another reason is a warning: the store then runs without the disk."""
+        A directory that can't be used for another reason is a warning: the store then runs without the disk.
+        `policy`: how each tier chooses what to evict, one of evict.POLICIES; ValueError for another."""
         self.layout = layout
         self._identity = identity_hash(identity, layout)
         self._counters = Counters()
         self._memory = DeviceMemory(layout, device_blocks, device)
         self.slabs = self._memory.slabs
-        self.pool = BlockPool(device_blocks, self._demote)
+        self._uses = Uses()
+        self._policy = functools.partial(make_policy, policy, self._uses, relative_cost)
+        self.pool = BlockPool(device_blocks, self._demote, self._policy())
         self._device = DeviceTier(layout, self.pool, self._memory)
-        self._host = HostTier(layout, host_bytes, self._counters) if host_bytes >= layout.page_bytes else None
+        self._host = self._make_host(host_bytes) if host_bytes >= layout.page_bytes else None
         self._disk = self._open_disk(disk)
         self._tiers: list[Catalog[Any]] = [tier for tier in (self._host, self._disk) if tier is not None]
         self._mover = Mover(self._memory.write, self._disk, self._counters, READERS)
@@ -68,11 +73,14 @@ class TieredStore:
         self._queued: set[bytes] = set()  # keys of pages in the write queue
         self._queue_pages = max(4, min(QUEUE_BYTES // layout.page_bytes, device_blocks // 4))
 
+    def _make_host(self, limit_bytes: int) -> HostTier:
+        return HostTier(self.layout, limit_bytes, self._counters, self._policy())
+
     def _open_disk(self, config: DiskConfig | None) -> DiskTier | None:
         if config is None:
             return None
         try:
-            return DiskTier(self.layout, self._identity, config, self._counters)
+            return DiskTier(self.layout, self._identity, config, self._counters, self._policy())
         except OSError as error:
             self._counters.warn(f"{config.path}: no KV pages are kept on disk: {error.strerror or error}")
             return None
@@ -112,9 +120,10 @@ class TieredStore:
                 self._mover.submit([job])
 
     def _count(self, found: Prefix, offered: int) -> None:
-        """Pages of `offered` tokens by where they were found."""
+        """Pages of `offered` tokens by where they were found; each is a use."""
         for hit in found.pages:
             self._counters.add(f"{hit.tier}_hit_pages")
+        self._uses.add(hit.page.key for hit in found.pages)
         self._counters.add("miss_pages", max(0, -(-offered // BLOCK_TOKENS) - len(found.pages)))
 
     def _place(self, sequence: Sequence, found: Prefix, fresh: list[Block]) -> None:
@@ -355,7 +364,7 @@ class TieredStore:
         root, packed = root_key(self._identity, owner), pack(tokens)
         pages = chain(root, packed)
         rest = packed[len(pages) * PACKED_BYTES :]
-        return [*pages, PageId.of(pages[-1].key if pages else root, rest)] if rest else pages
+        return [*pages, PageId.of(pages[-1].key if pages else root, rest, len(pages))] if rest else pages
 
 
 def _superseded(parts: list[PageId], disk: DiskTier) -> list[bytes]:
