@@ -28,7 +28,7 @@ def _key(help: str, **extra: Any) -> Meta:
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """About twenty-five keys. A key `a_b` is `a-b` in TOML or `--a-b` as a flag (underscores work too)."""
+    """Under thirty keys. A key `a_b` is `a-b` in TOML or `--a-b` as a flag (underscores work too)."""
 
     model: Annotated[str, _key("model directory, hub id, or 'demo' for the bundled one")] = "demo"
     revision: Annotated[str | None, _key("branch, tag or commit of a hub model")] = None
@@ -66,6 +66,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str | None, _key("directory of KV pages; 'none': keep none on disk; default: in the state directory")
     ] = None
     kv_disk_gb: Annotated[float, _key("cap on all KV bytes on disk, GiB", gt=0)] = 20.0
+    kv_policy: Annotated[
+        str,
+        _key("what the tiers evict first: the longest unused, or least recompute time by use", choices=("lru", "gdsf")),
+    ] = "lru"
     kv_vram_only: Annotated[bool, _key("KV pages in device memory only: no RAM tier, no disk")] = False
     socket: Annotated[str, _key("path of the public socket")] = msgspec.field(
         default_factory=lambda: str(default_socket())

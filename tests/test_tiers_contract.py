@@ -1,4 +1,4 @@
-"""One conformance suite for every tier below the device (PageTier), run on the RAM tier and on the disk tier."""
+"""One conformance suite for every tier (PageTier), run on the device pool, the RAM tier and the disk tier."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from atlas_tiers.base import KVGroup, PageHeader, PageLayout, PageTier
+from atlas_tiers.base import KVGroup, LowerTier, PageHeader, PageLayout, PageTier
+from atlas_tiers.block import BlockPool
 from atlas_tiers.counters import Counters
+from atlas_tiers.device import DeviceMemory
 from atlas_tiers.disk import DiskTier
 from atlas_tiers.errors import PageDamaged
 from atlas_tiers.host import HostTier
 from atlas_tiers.keys import PageId, pack
 from atlas_tiers.memory import aligned_buffer
+from atlas_tiers.pool import DeviceTier
 from tiers_support import LAYOUT, disk_config
 
 ROOT = b"r" * 32
@@ -23,15 +26,19 @@ PAGES = 12
 UNEVEN = PageLayout((KVGroup((0, 2, 3), 1, 3), KVGroup((1,), 1, 5)), "float16")  # parts of 768 and 1280 bytes
 ALIGNED = PageLayout((KVGroup((0, 1, 2, 3), 2, 16),), "float16")  # parts of whole sectors
 Make = Callable[..., PageTier]
+MakeLower = Callable[..., LowerTier]
 
 
-@pytest.fixture(params=["host", "disk"])
+@pytest.fixture(params=["device", "host", "disk"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     """Makes a tier with room for about PAGES pages."""
     made: list[PageTier] = []
 
     def build(layout: PageLayout = LAYOUT) -> PageTier:
-        if request.param == "host":
+        if request.param == "device":
+            pool = BlockPool(PAGES, lambda number, page: None)
+            made.append(DeviceTier(layout, pool, DeviceMemory(layout, PAGES, "cpu")))
+        elif request.param == "host":
             made.append(HostTier(layout, PAGES * layout.page_bytes, Counters()))
         else:
             cap = disk_config(tmp_path, pages=PAGES).cap_bytes - (1 << 20) + 800_000
@@ -41,6 +48,14 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     yield build
     for tier in made:
         tier.close()
+
+
+@pytest.fixture
+def lower(request: pytest.FixtureRequest, make: Make) -> Make:
+    """The tiers whose pages are verified part by part; the device pool's blocks are read where they are."""
+    if request.node.callspec.params["make"] == "device":
+        pytest.skip("the device pool hands out no parts")
+    return make
 
 
 def header(number: int, parent: bytes = ROOT, count: int = 64) -> PageHeader:
@@ -166,9 +181,9 @@ def part_bytes(layout: PageLayout, whole: memoryview, first: int, last: int) -> 
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, UNEVEN, ALIGNED], ids=["small", "uneven", "aligned"])
-def test_parts(make: Make, layout: PageLayout) -> None:
+def test_parts(lower: MakeLower, layout: PageLayout) -> None:
     """Every range of parts of a pinned page, into buffers that are aligned and buffers that are not."""
-    tier = make(layout)
+    tier = lower(layout)
     whole = payload(1, layout.page_bytes)
     tier.put(header(2), payload(2, layout.page_bytes))
     tier.put(header(1), whole)
@@ -187,8 +202,8 @@ def test_parts(make: Make, layout: PageLayout) -> None:
     tier.check()
 
 
-def test_parts_that_do_not_fit_are_refused(make: Make) -> None:
-    tier = make()
+def test_parts_that_do_not_fit_are_refused(lower: MakeLower) -> None:
+    tier = lower()
     tier.put(header(1), payload(1))
     entry = tier.pin(page(1))
     size = LAYOUT.parts[0][1]
@@ -201,10 +216,10 @@ def test_parts_that_do_not_fit_are_refused(make: Make) -> None:
 
 @pytest.mark.parametrize("part", range(len(LAYOUT.parts)))
 @pytest.mark.parametrize("how", ["whole", "verify", "parts", "later part"])
-def test_a_damaged_part_is_never_handed_out(make: Make, part: int, how: str) -> None:
+def test_a_damaged_part_is_never_handed_out(lower: MakeLower, part: int, how: str) -> None:
     """Whichever part differs: whole reads fail, reads of this part fail, and the page is gone after the first that did;
     other parts can be read until then."""
-    tier = make()
+    tier = lower()
     tier.put(header(1), payload(1))
     tier.put(header(2), payload(2))
     entry = tier.pin(page(1))
@@ -232,9 +247,9 @@ def test_a_damaged_part_is_never_handed_out(make: Make, part: int, how: str) -> 
     assert read(tier, header(1).key)[1] == bytes(payload(1))
 
 
-def test_parts_while_pages_come_and_go(make: Make) -> None:
+def test_parts_while_pages_come_and_go(lower: MakeLower) -> None:
     """Readers of parts against evictions, drops and purges of the same pages: what arrives is right or refused."""
-    tier = make()
+    tier = lower()
     wrong: list[str] = []
     arrived: list[int] = []
     stop = threading.Event()
@@ -291,6 +306,26 @@ def test_a_part_in_place() -> None:
     with pytest.raises(ValueError, match="parts 3 to 4"):
         tier.view(entry, 3)
     tier.unpin(entry)
+
+
+def test_the_end_of_a_chain_goes_before_its_beginning(make: Make) -> None:
+    """Even when the beginning was not used for longer: later pages are of no use without it."""
+    tier = make()
+    chain = [header(1)]
+    while len(chain) < 4:
+        chain.append(header(1, parent=chain[-1].key))
+    for page in chain:
+        assert tier.put(page, payload(1))
+        read(tier, page.key)
+    left, other = [True] * len(chain), 100
+    while any(left):
+        assert tier.put(header(other), payload(1))
+        read(tier, header(other).key)
+        other += 1
+        left = [tier.find(page.key) for page in chain]
+        assert left == sorted(left, reverse=True)
+        assert other < 200
+    tier.check()
 
 
 def test_many_threads(make: Make) -> None:

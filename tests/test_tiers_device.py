@@ -60,8 +60,10 @@ def test_int8_pages_have_scales_beside_their_codes() -> None:
     assert layout.page_bytes == 2 * (2 * 2 * 64 * (4 + 2)) + 2 * 1 * 64 * (8 + 2)
     pages.values[1], pages.scales[1] = 7, 0.5
     memory.duplicate(1, 0)
-    assert bool((pages.values[0] == 7).all()) and bool((pages.scales[0] == 0.5).all())
-    assert not memory.layers[0].values.any() and not pages.values[2].any()
+    assert bool((pages.values[0] == 7).all())
+    assert bool((pages.scales[0] == 0.5).all())
+    assert not memory.layers[0].values.any()
+    assert not pages.values[2].any()
 
 
 def test_duplicate_and_erase(memory: DeviceMemory) -> None:

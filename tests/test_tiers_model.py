@@ -13,7 +13,7 @@ from atlas_tiers.sequence import Sequence
 from atlas_tiers.store import TieredStore
 from tiers_support import PATIENCE_S, assert_content, disk_config, some_tokens, store, until_ready, write
 
-STEPS = 250
+STEPS = 500
 
 
 class World:

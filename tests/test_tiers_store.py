@@ -210,6 +210,43 @@ def test_evicted_pages_come_back_from_the_host_tier() -> None:
     tiered.close()
 
 
+def hits(tiered: TieredStore) -> tuple[int, ...]:
+    """(device, host, disk, miss) pages so far."""
+    counts = tiered.counters()
+    return tuple(counts.get(name, 0) for name in ("device_hit_pages", "host_hit_pages", "disk_hit_pages", "miss_pages"))
+
+
+def test_hits_are_counted_by_tier(tmp_path: Path) -> None:
+    tiered = store(tmp_path, blocks=8, host_pages=16)
+    turn(tiered, TEXT[:257])
+    assert hits(tiered) == (0, 0, 0, 4), "256 of 257 tokens are offered"
+    turn(tiered, TEXT[:300])
+    assert hits(tiered) == (5, 0, 0, 4)
+    turn(tiered, some_tokens(512, seed=8))
+    device, host, disk, miss = hits(tiered)
+    assert (device, host, disk, miss) == (5, 0, 0, 12)
+    opened(tiered, TEXT[:300]).release()
+    assert hits(tiered) == (5, 5, 0, 12)
+    tiered.close()
+    again = store(tmp_path)
+    opened(again, TEXT[:400]).release()
+    assert hits(again) == (0, 0, 5, 2)
+    again.close()
+
+
+def test_an_open_that_is_refused_counts_nothing(tmp_path: Path) -> None:
+    tiered = store(tmp_path, blocks=2)
+    turn(tiered, TEXT[:128])
+    held = opened(tiered, some_tokens(128, seed=3))
+    held.reserve(128)
+    before = hits(tiered)
+    with pytest.raises(OutOfBlocks):
+        tiered.open(TEXT[:128], "ann", durable=True)
+    assert hits(tiered) == before
+    held.release()
+    tiered.close()
+
+
 def test_two_sequences_wait_for_one_read(tmp_path: Path) -> None:
     first = store(tmp_path)
     turn(first, TEXT[:640])
@@ -360,6 +397,58 @@ def test_pages_of_an_anonymous_sequence_reach_the_disk_when_a_session_uses_them(
     second = store(tmp_path)
     assert opened(second, TEXT[:400]).restored == 399
     second.close()
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("durable", [True, False])
+def test_anonymous_pages_reach_the_disk_at_their_second_use(tmp_path: Path, where: str, durable: bool) -> None:
+    """Found in the device pool or in RAM by another sequence. What only one sequence used is not written."""
+    tiered = store(tmp_path, blocks=8, host_pages=32)
+    turn(tiered, TEXT[:300], durable=False)
+    once = some_tokens(500, seed=8)
+    if where == "host":
+        turn(tiered, once, durable=False)
+    assert tiered.counters().get("disk_pages_written", 0) == 0
+    again = opened(tiered, [*TEXT[:256], *some_tokens(60, seed=2)], durable=durable)
+    assert again.length == 256
+    until_written(tiered)
+    assert tiered.counters()["disk_pages_written"] == tiered.counters()["disk_second_use_pages"] == 4
+    again.release()
+    opened(tiered, TEXT[:290], durable=False).release()
+    until_written(tiered)
+    assert tiered.counters()["disk_pages_written"] == 4, "a page was written twice, or a tail was"
+    tiered.check()
+    tiered.close()
+    second = store(tmp_path)
+    assert opened(second, TEXT[:400]).restored == 256
+    assert second.open(once, "ann", durable=True).length == 0
+    second.close()
+
+
+def until_written(tiered: TieredStore) -> None:
+    """Every queued write is done."""
+    deadline = time.monotonic() + PATIENCE_S
+    while tiered.writing:
+        assert time.monotonic() < deadline
+        tiered.wait(0.05)
+        tiered.poll()
+
+
+def test_second_use_waits_while_the_queue_is_full(tmp_path: Path) -> None:
+    tiered = store(tmp_path, blocks=32)
+    turn(tiered, TEXT[:900], durable=False)
+    with tiered._disk._io:  # the writer waits here
+        first = opened(tiered, TEXT[:900], durable=False)
+        assert tiered.counters()["disk_writes_deferred"] == 1
+        first.release()
+    until_written(tiered)
+    written = tiered.counters()["disk_pages_written"]
+    assert 0 < written < 14
+    opened(tiered, TEXT[:900], durable=False).release()
+    until_written(tiered)
+    assert tiered.counters()["disk_pages_written"] > written
+    tiered.check()
+    tiered.close()
 
 
 def test_persist_of_a_chain_that_only_memory_holds(tmp_path: Path) -> None:

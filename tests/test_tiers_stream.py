@@ -202,7 +202,8 @@ def test_any_order_of_turns_over_small_tiers(tmp_path: Path, seed: int) -> None:
     tickets: list[Ticket] = []
     for _ in range(25):
         which = draw.randrange(3)
-        text = texts[which] = [*texts[which][: draw.randrange(1, 1 + len(texts[which]))], *some_tokens(500, seed=draw.randrange(9))]
+        kept = texts[which][: draw.randrange(1, 1 + len(texts[which]))]
+        text = texts[which] = [*kept, *some_tokens(500, seed=draw.randrange(9))]
         sequence = patient(tiered, text, durable=draw.random() < 0.7)
         grow(tiered, sequence, text, step=draw.choice([1, 64, 128, 200]))
         assert_content(tiered, sequence, text, "ann")

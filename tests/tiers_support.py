@@ -40,7 +40,7 @@ def store(path: Path | None, *, blocks: int = 32, host_pages: int = 0, **options
     identity = options.pop("identity", IDENTITY)
     layout = options.pop("layout", LAYOUT)
     host = host_pages * LAYOUT.page_bytes
-    return TieredStore(layout, identity, device_blocks=blocks, host_bytes=host, disk=disk)  # type: ignore[arg-type]
+    return TieredStore(layout, identity, device_blocks=blocks, host_bytes=host, disk=disk, **options)  # type: ignore[arg-type]
 
 
 def values(tokens: Sequence[int], owner: str, identity: bytes = IDENTITY) -> list[float]:

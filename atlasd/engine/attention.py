@@ -64,7 +64,9 @@ class Step:
 
     def attend(self, layer: int, query: torch.Tensor, variant: Variant) -> torch.Tensor:
         if variant.window != self._windows[layer]:
-            raise ValueError(f"layer {layer} has window {variant.window}, had {self._windows[layer]} when it was probed")
+            raise ValueError(
+                f"layer {layer} has window {variant.window}, had {self._windows[layer]} when it was probed"
+            )
         heads, rows, dim = query.shape
         out = query.new_empty(rows, heads, dim)
         for span in self.spans:

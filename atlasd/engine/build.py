@@ -69,6 +69,7 @@ def open_store(loaded: LoadedModel, config: Config) -> TieredStore:
             host_bytes=host_bytes,
             disk=disk,
             device=str(loaded.device),
+            policy=config.kv_policy,
         )
     except StoreLocked as error:
         raise ErrorReply(

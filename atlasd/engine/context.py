@@ -87,9 +87,15 @@ class Span:
 
 
 def span(
-    start: int, stop: int, first: int, table: Sequence[int], away: Mapping[int, Held], pages: Pages, device: torch.device
+    start: int,
+    stop: int,
+    first: int,
+    table: Sequence[int],
+    away: Mapping[int, Held],
+    pages: Pages,
+    device: torch.device,
 ) -> Span:
-    """A session's span; `table` and `away` as in KVSequence."""
+    """A session's part of a step; `table` and `away` as in KVSequence."""
     blocks = torch.tensor(table, dtype=torch.int64, device=device)
     runs: list[Run] = []
     in_place = bool(pages.host_pages)

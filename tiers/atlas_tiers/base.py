@@ -5,6 +5,9 @@ its key. A *sealed* page is full and immutable; a *tail* is the part-filled last
 names tokens [0, end of page): it is SHA-256 over the previous key and the page's token ids, seeded with identity and
 owner, so equal keys mean equal K/V.
 
+What is evicted: the end of a chain before its beginning; of which chain, `--kv-policy` says (see evict). The order of
+use outlives a restart; how often pages were used does not, so GDSF begins anew.
+
 States of a block: FREE, OPEN (one sequence appends to it), SEALED (immutable, shared by reference count; with no
 reference it is a cache entry that may be evicted). free + open + sealed = total, on every tier.
 """
@@ -131,7 +134,10 @@ class TierStats:
 
 
 class PageTier(Protocol):
-    """RAM and disk tiers. One conformance suite runs on each. Thread-safe."""
+    """Device pool, RAM and disk. One conformance suite runs on each. Thread-safe.
+
+    The device pool differs in two points: its blocks carry no checksum, and drop() refuses a page that a running
+    sequence holds."""
 
     name: str
 
@@ -143,24 +149,6 @@ class PageTier(Protocol):
     def get(self, key: bytes, into: memoryview) -> PageHeader | None:
         """Copies the page into `into` (page_bytes) and returns its header after its checksum was verified.
         None: not there, or damaged (then it is dropped, counted, and never tried again; `into` is undefined)."""
-        ...
-
-    def pin(self, page: PageId) -> Entry[Any] | None:
-        """Exactly this page, kept from being evicted until unpin(). None: not there. Counts as a use."""
-        ...
-
-    def unpin(self, entry: Entry[Any]) -> None:
-        """Undoes one pin()."""
-        ...
-
-    def verify(self, entry: Entry[Any]) -> None:
-        """Checks every part of a pinned page. Raises PageDamaged; the page is then dropped and never tried again."""
-        ...
-
-    def load_parts(self, entry: Entry[Any], first: int, last: int, into: memoryview) -> None:
-        """Copies parts [first, last) of a pinned page (see PageLayout.parts), end to end, into `into`, which has just
-        their size, and verifies them; the other parts are neither read nor checked. Raises PageDamaged: the page is
-        dropped and `into` undefined. Raises ValueError for parts or a buffer that don't fit."""
         ...
 
     def find(self, key: bytes) -> bool:
@@ -182,6 +170,28 @@ class PageTier(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class LowerTier(PageTier, Protocol):
+    """RAM and disk: their pages can be held while they lie there, and read part by part."""
+
+    def pin(self, page: PageId) -> Entry[Any] | None:
+        """Exactly this page, kept from being evicted until unpin(). None: not there. Counts as a use."""
+        ...
+
+    def unpin(self, entry: Entry[Any]) -> None:
+        """Undoes one pin()."""
+        ...
+
+    def verify(self, entry: Entry[Any]) -> None:
+        """Checks every part of a pinned page. Raises PageDamaged; the page is then dropped and never tried again."""
+        ...
+
+    def load_parts(self, entry: Entry[Any], first: int, last: int, into: memoryview) -> None:
+        """Copies parts [first, last) of a pinned page (see PageLayout.parts), end to end, into `into`, which has just
+        their size, and verifies them; the other parts are neither read nor checked. Raises PageDamaged: the page is
+        dropped and `into` undefined. Raises ValueError for parts or a buffer that don't fit."""
+        ...
 
 
 class OutOfBlocks(Exception):
@@ -246,7 +256,8 @@ class KVStore(Protocol):
 
     def open(self, tokens: Sequence[int], owner: str, *, durable: bool) -> KVSequence:
         """Begins a sequence that will hold `tokens`. Finds the longest usable prefix of tokens[:-1] over all tiers (one
-        token at least is left to compute), pins what is resident, starts reading the rest. Raises OutOfBlocks."""
+        token at least is left to compute), pins what is resident, starts reading the rest. Pages of a sequence that is
+        not durable stay in memory; those that a later sequence finds there are written to disk. Raises OutOfBlocks."""
         ...
 
     def read_ahead(self, wants: Sequence[Want]) -> Pass:
@@ -284,7 +295,9 @@ class KVStore(Protocol):
     def stats(self) -> list[TierStats]: ...
 
     def counters(self) -> dict[str, int]:
-        """Monotonic counts: pages written, read, damaged, dropped, evicted, bytes."""
+        """Monotonic counts: pages written, read, damaged, dropped, evicted, bytes. `device_hit_pages`,
+        `host_hit_pages`, `disk_hit_pages`, `miss_pages`: of the prefixes offered to open(), by the fastest tier that
+        had them."""
         ...
 
     @property

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections import OrderedDict
 from collections.abc import Callable
 
 from .base import OutOfBlocks
+from .evict import EvictionOrder, Lru, Policy
 from .keys import PageId
 
 
@@ -39,11 +39,11 @@ class Block:
 class BlockPool:
     """All blocks. `on_evict` is called with a SEALED block's number and page just before it becomes FREE."""
 
-    def __init__(self, count: int, on_evict: Callable[[int, PageId], None]) -> None:
+    def __init__(self, count: int, on_evict: Callable[[int, PageId], None], policy: Policy | None = None) -> None:
         self.blocks = [Block(number) for number in range(count)]
         self._on_evict = on_evict
         self._free = list(reversed(self.blocks))
-        self._idle: OrderedDict[int, Block] = OrderedDict()  # SEALED and registered without reference, oldest first
+        self._idle = EvictionOrder(policy or Lru())  # pages that are SEALED and registered without reference
         self._registered: dict[bytes, Block] = {}
         self._followers: dict[bytes, dict[bytes, Block]] = {}
 
@@ -57,12 +57,16 @@ class BlockPool:
         block = self._registered.get(page.key)
         return block if block is not None and block.page == page else None
 
+    def find_key(self, key: bytes) -> Block | None:
+        """The block registered under `key`, sealed or being filled."""
+        return self._registered.get(key)
+
     def followers(self, parent: bytes) -> list[Block]:
         """Sealed blocks whose page comes right after `parent`."""
         return [block for block in self._followers.get(parent, {}).values() if block.state is State.SEALED]
 
     def take(self, count: int) -> list[Block]:
-        """`count` OPEN blocks with one reference each, evicting the least recently used. Raises OutOfBlocks, changing
+        """`count` OPEN blocks with one reference each, evicting as the policy says. Raises OutOfBlocks, changing
         nothing."""
         if count > self.available:
             raise OutOfBlocks(f"{count} blocks wanted, {self.available} of {len(self.blocks)} can be had")
@@ -76,7 +80,7 @@ class BlockPool:
     def acquire(self, block: Block) -> None:
         """One more reference."""
         if block.refs == 0:
-            del self._idle[block.number]
+            self._leave_idle(block)
         block.refs += 1
 
     def release(self, block: Block) -> None:
@@ -86,8 +90,8 @@ class BlockPool:
         block.refs -= 1
         if block.refs:
             return
-        if block.state is State.SEALED and block.registered:
-            self._idle[block.number] = block
+        if block.state is State.SEALED and block.registered and block.page is not None:
+            self._idle.add(block.page)
         else:
             self._make_free(block)
 
@@ -101,13 +105,14 @@ class BlockPool:
         self._followers.setdefault(page.parent, {})[page.key] = block
         return True
 
-    def seal(self, block: Block, page: PageId) -> bool:
-        """OPEN to SEALED. Unreferenced tails whose tokens this page begins with are superseded and become FREE.
-        False: another block holds the same page, and this one won't outlive its references."""
+    def seal(self, block: Block, page: PageId, *, supersede: bool = True) -> bool:
+        """OPEN to SEALED. Unreferenced tails whose tokens this page begins with become FREE, unless `supersede` is
+        False. False: another block holds the same page, and this one won't outlive its references."""
         block.state = State.SEALED
         if not block.registered and not self.register(block, page):
             return False
-        self._supersede(page)
+        if supersede:
+            self._supersede(page)
         return True
 
     def covers(self, page: PageId) -> bool:
@@ -119,7 +124,7 @@ class BlockPool:
         """Takes an unreferenced tail over to append to it: SEALED to OPEN, one reference. False: someone holds it."""
         if block.refs or block.page is None or not block.page.is_tail:
             return False
-        del self._idle[block.number]
+        self._leave_idle(block)
         self._unregister(block)
         block.state, block.refs, block.page = State.OPEN, 1, None
         return True
@@ -131,9 +136,9 @@ class BlockPool:
 
     def forget(self, block: Block) -> bool:
         """Frees an unreferenced cached page at once. False: it is referenced."""
-        if block.number not in self._idle:
+        if not self._is_idle(block):
             return False
-        del self._idle[block.number]
+        self._leave_idle(block)
         self._make_free(block)
         return True
 
@@ -149,19 +154,31 @@ class BlockPool:
         if free + open_ + sealed != total:
             raise AssertionError(f"device pool: {free} free + {open_} open + {sealed} sealed != {total}")
         for block in self.blocks:
-            idle = block.number in self._idle
+            idle = self._is_idle(block)
             if block.refs < 0 or (block.refs == 0) != (idle or block.state is State.FREE):
                 raise AssertionError(f"device pool: {block} is {'' if idle else 'not '}idle")
             if block.registered and (block.page is None or self._registered.get(block.page.key) is not block):
                 raise AssertionError(f"device pool: {block} is not registered")
         if len(self._registered) != sum(block.registered for block in self.blocks):
             raise AssertionError("device pool: keys of blocks that hold no page")
+        if len(self._idle) != sum(map(self._is_idle, self.blocks)):
+            raise AssertionError("device pool: pages to evict that no block holds")
+        self._idle.check()
 
     def _evict(self) -> None:
-        _, block = self._idle.popitem(last=False)
+        (key,) = self._idle.victims(1, lambda key: False)
+        block = self._registered[key]
         if block.page is not None:
             self._on_evict(block.number, block.page)
+        self._leave_idle(block)
         self._make_free(block)
+
+    def _is_idle(self, block: Block) -> bool:
+        return block.registered and block.page is not None and block.refs == 0 and block.page.key in self._idle
+
+    def _leave_idle(self, block: Block) -> None:
+        if block.page is not None:
+            self._idle.remove(block.page.key)
 
     def _make_free(self, block: Block) -> None:
         self._unregister(block)

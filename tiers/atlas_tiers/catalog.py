@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from .base import PageHeader, PageLayout
 from .errors import PageDamaged
+from .evict import Policy
 from .index import Entry, PageIndex
 from .keys import PageId
 from .memory import copy
@@ -23,12 +24,12 @@ class Catalog(Generic[Place]):
     name: str
     page_bytes: int
 
-    def __init__(self, identity: bytes, layout: PageLayout) -> None:
+    def __init__(self, identity: bytes, layout: PageLayout, policy: Policy | None = None) -> None:
         self._identity = identity
         self.layout = layout
         self.page_bytes = layout.page_bytes
         self._state = threading.Condition()
-        self._index: PageIndex[Place] = PageIndex(identity)
+        self._index: PageIndex[Place] = PageIndex(identity, policy)
         self._pinned = 0  # entries with pins
 
     def find(self, key: bytes) -> bool:

@@ -10,6 +10,7 @@ then _state.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import threading
@@ -21,6 +22,7 @@ from .base import PageHeader, PageLayout, TierStats
 from .catalog import Catalog, Fill, Sink
 from .counters import Counters
 from .errors import PageDamaged, TooManyParts
+from .evict import Policy, depths
 from .index import Entry
 from .indexfile import BYTES_PER_PAGE, Changes
 from .keys import PageId, layout_hash
@@ -40,10 +42,17 @@ class DiskTier(Catalog[Place]):
 
     name = "disk"
 
-    def __init__(self, layout: PageLayout, identity: bytes, config: DiskConfig, counters: Counters) -> None:
+    def __init__(
+        self,
+        layout: PageLayout,
+        identity: bytes,
+        config: DiskConfig,
+        counters: Counters,
+        policy: Policy | None = None,
+    ) -> None:
         """Locks and opens the directory and repairs what a crash left. Raises StoreLocked, FormatNewer, TooManyParts,
         OSError."""
-        super().__init__(identity, layout)
+        super().__init__(identity, layout, policy)
         if len(layout.parts) > MAX_PARTS:
             raise TooManyParts(len(layout.parts), MAX_PARTS)
         self._config, self._counters = config, counters
@@ -68,7 +77,9 @@ class DiskTier(Catalog[Place]):
         self._file = found.index
         self._space = Space(self._config, found.index, found.segments, self._slot_bytes)
         self._reader = SlotReader(self.layout, self._identity, self._space)
+        known = depths({entry.page.key: entry.page.parent for entry in found.entries})
         for entry in found.entries:
+            entry.page = dataclasses.replace(entry.page, depth=known[entry.page.key])
             self._index.add(entry)
             self._space.occupy(entry.place)
         self._clock = max((entry.stamp for entry in found.entries), default=0)
@@ -264,10 +275,9 @@ class DiskTier(Catalog[Place]):
             return False
 
     def _evict(self, count: int) -> bool:
-        """Removes up to `count` pages, oldest first, durably. False: none could go."""
+        """Removes up to `count` pages, in order of eviction, durably. False: none could go."""
         with self._state:
-            candidates = (e for e in self._index if not e.pins and self._fits(e.place))
-            victims = [entry for entry, _ in zip(candidates, range(count), strict=False)]
+            victims = self._index.victims(count, self._fits)
         removed = self._remove(victims)
         self._counters.add("disk_pages_evicted", removed)
         return removed > 0
@@ -372,6 +382,7 @@ class DiskTier(Catalog[Place]):
     def check(self) -> None:
         """Raises AssertionError unless every slot is free, used once or being moved, as the index file says too."""
         with self._io, self._state:
+            self._index.check()
             leaving = [entry.place for entry in self._leaving]
             used = [*(entry.place for entry in self._index), *self._busy, *self._lingering, *leaving]
             free = [Place(number, slot) for number, slots in self._space.free.items() for slot in slots]

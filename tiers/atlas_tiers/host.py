@@ -1,4 +1,4 @@
-"""The RAM tier: pages in one slab, the least recently used first out."""
+"""The RAM tier: pages in one slab."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .base import PageHeader, PageLayout, TierStats
 from .catalog import Catalog, Fill, Sink
 from .counters import Counters
 from .errors import PageDamaged
+from .evict import Policy
 from .index import Entry
 from .keys import PageId
 from .memory import aligned_buffer, copy
@@ -20,9 +21,9 @@ class HostTier(Catalog[int]):
 
     name = "host"
 
-    def __init__(self, layout: PageLayout, limit_bytes: int, counters: Counters) -> None:
+    def __init__(self, layout: PageLayout, limit_bytes: int, counters: Counters, policy: Policy | None = None) -> None:
         """A slab of limit_bytes // page_bytes pages; memory is committed as pages are first stored. Raises OSError."""
-        super().__init__(b"", layout)
+        super().__init__(b"", layout, policy)
         self.limit_bytes = limit_bytes
         self._counters = counters
         self._total = limit_bytes // layout.page_bytes
@@ -130,6 +131,7 @@ class HostTier(Catalog[int]):
         """Raises AssertionError unless every place of the slab is free, open, or holds one page."""
         with self._state:
             places = [*self._free, *self._open, *(entry.place for entry in self._index)]
+            self._index.check()
             if sorted(places) != list(range(self._total)):
                 raise AssertionError(f"host tier: {len(places)} places accounted for, {self._total} there")
 
@@ -139,12 +141,11 @@ class HostTier(Catalog[int]):
     def _take(self) -> int | None:
         if self._free:
             return self._free.pop()
-        victim = self._index.victim()
-        if victim is None:
-            return None
-        self._index.remove(victim)
-        self._counters.add("host_pages_evicted")
-        return victim.place
+        for victim in self._index.victims(1, lambda place: True):
+            self._index.remove(victim)
+            self._counters.add("host_pages_evicted")
+            return victim.place
+        return None
 
     def _remove(self, entry: Entry[int]) -> bool:
         with self._state:

@@ -1,16 +1,18 @@
-"""Which pages a RAM or disk tier holds: by key, by parent, by age. Pure; the caller holds the tier's lock.
+"""Which pages a RAM or disk tier holds: by key, by parent, by worth. Pure; the caller holds the tier's lock.
 
-Order of eviction: pages of other identities first, then the least recently used. A pinned page is being read
-and is passed over.
+Order of eviction: pages of other identities first, oldest first; then own ones as the policy says (see evict). A pinned
+page is being read and is passed over.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from .evict import EvictionOrder, Lru, Policy
 from .keys import PageId
 
 Place = TypeVar("Place")
@@ -32,9 +34,10 @@ class Entry(Generic[Place]):
 class PageIndex(Generic[Place]):
     """Entries of one tier. `identity` tells own pages from those of other models."""
 
-    def __init__(self, identity: bytes = b"") -> None:
+    def __init__(self, identity: bytes = b"", policy: Policy | None = None) -> None:
         self._identity = identity
-        self._own: OrderedDict[bytes, Entry[Place]] = OrderedDict()
+        self._own: dict[bytes, Entry[Place]] = {}
+        self._order = EvictionOrder(policy or Lru())
         self._foreign: OrderedDict[bytes, Entry[Place]] = OrderedDict()
         self._followers: dict[bytes, dict[bytes, PageId]] = {}
 
@@ -42,7 +45,7 @@ class PageIndex(Generic[Place]):
         return len(self._own) + len(self._foreign)
 
     def __iter__(self) -> Iterator[Entry[Place]]:
-        """In order of eviction."""
+        """All, in no order."""
         yield from self._foreign.values()
         yield from self._own.values()
 
@@ -64,13 +67,16 @@ class PageIndex(Generic[Place]):
         if entry.identity != self._identity:
             self._foreign[entry.page.key] = entry
             return
+        if entry.page.key in self._own:
+            self._order.remove(entry.page.key)
         self._own[entry.page.key] = entry
+        self._order.add(entry.page)
         self._followers.setdefault(entry.page.parent, {})[entry.page.key] = entry.page
 
     def touch(self, key: bytes) -> None:
         """Makes an own page the most recently used."""
         if key in self._own:
-            self._own.move_to_end(key)
+            self._order.use(key)
 
     def remove(self, entry: Entry[Place]) -> None:
         """Takes an entry out. The caller frees its place when `pins` is 0 (see `gone`)."""
@@ -79,11 +85,26 @@ class PageIndex(Generic[Place]):
             del self._foreign[key]
             return
         del self._own[key]
+        self._order.remove(key)
         family = self._followers[entry.page.parent]
         del family[key]
         if not family:
             del self._followers[entry.page.parent]
 
-    def victim(self) -> Entry[Place] | None:
-        """The first entry in order of eviction that nobody reads."""
-        return next((entry for entry in self if entry.pins == 0), None)
+    def victims(self, count: int, usable: Callable[[Place], bool]) -> list[Entry[Place]]:
+        """The first `count` entries in order of eviction that nobody reads and whose place is `usable`, for the caller
+        to remove."""
+
+        def held(entry: Entry[Place]) -> bool:
+            return entry.pins > 0 or not usable(entry.place)
+
+        foreign = (entry for entry in self._foreign.values() if not held(entry))
+        chosen = list(itertools.islice(foreign, count))
+        keys = self._order.victims(count - len(chosen), lambda key: held(self._own[key]))
+        return [*chosen, *(self._own[key] for key in keys)]
+
+    def check(self) -> None:
+        """Raises AssertionError when a page could not be found for eviction."""
+        if len(self._order) != len(self._own):
+            raise AssertionError(f"index: {len(self._order)} pages in the eviction order, {len(self._own)} there")
+        self._order.check()

@@ -62,16 +62,18 @@ def page_key(parent: bytes, packed: bytes) -> bytes:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PageId:
-    """A PageHeader with its tokens packed. Two are equal only if key, parent and every token are."""
+    """A PageHeader with its tokens packed. Two are equal only if key, parent and every token are. `depth`: pages before
+    it in the chain, as far as known; eviction alone looks at it."""
 
     key: bytes
     parent: bytes
     packed: bytes
+    depth: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
-    def of(cls, parent: bytes, packed: bytes) -> PageId:
-        """The page of `packed` after `parent`."""
-        return cls(page_key(parent, packed), parent, packed)
+    def of(cls, parent: bytes, packed: bytes, depth: int = 0) -> PageId:
+        """The page of `packed` after `parent`, which `depth` pages end with."""
+        return cls(page_key(parent, packed), parent, packed, depth)
 
     @classmethod
     def from_header(cls, header: PageHeader) -> PageId:
@@ -104,7 +106,7 @@ def chain(root: bytes, packed: bytes) -> list[PageId]:
     pages: list[PageId] = []
     parent = root
     for start in range(0, len(packed) - PACKED_BYTES + 1, PACKED_BYTES):
-        pages.append(PageId.of(parent, packed[start : start + PACKED_BYTES]))
+        pages.append(PageId.of(parent, packed[start : start + PACKED_BYTES], len(pages)))
         parent = pages[-1].key
     return pages
 

@@ -25,6 +25,11 @@ class Hit:
     block: Block | None
     sources: Sources
 
+    @property
+    def tier(self) -> str:
+        """Name of the fastest tier that has it."""
+        return "device" if self.block is not None else self.sources[0][0].name
+
 
 @dataclasses.dataclass(slots=True)
 class TailHit:
@@ -43,6 +48,11 @@ class Prefix:
     tail: TailHit | None
 
     @property
+    def pages(self) -> list[Hit]:
+        """The full pages and the one of the tail."""
+        return [*self.hits, self.tail.hit] if self.tail else self.hits
+
+    @property
     def blocks_needed(self) -> int:
         """Fresh blocks: for every page to be read, and for a tail that is read or copied."""
         return self.pages_needed + (self.tail is not None and not self.tail.owned)
@@ -56,7 +66,7 @@ class Prefix:
         """Undoes what the search holds."""
         if self.tail is not None and self.tail.owned and self.tail.hit.block is not None:
             pool.seal(self.tail.hit.block, self.tail.hit.page)
-        for hit in reversed([*self.hits, *([self.tail.hit] if self.tail else [])]):
+        for hit in reversed(self.pages):
             if hit.block is not None:
                 pool.release(hit.block)
             for tier, entry in hit.sources:
@@ -69,7 +79,7 @@ def longest_prefix(root: bytes, packed: bytes, pool: BlockPool, tiers: Sequence[
     hits: list[Hit] = []
     parent = root
     for start in range(0, len(packed) - PACKED_BYTES + 1, PACKED_BYTES):
-        hit = _hold(PageId.of(parent, packed[start : start + PACKED_BYTES]), pool, tiers)
+        hit = _hold(PageId.of(parent, packed[start : start + PACKED_BYTES], len(hits)), pool, tiers)
         if hit is None:
             break
         hits.append(hit)

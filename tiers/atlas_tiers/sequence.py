@@ -119,7 +119,7 @@ class Sequence:
         self._rest += pack(tokens)
         self.length += len(tokens)
         while len(self._rest) >= PACKED_BYTES:
-            page = PageId.of(self.parent, self._rest[:PACKED_BYTES])
+            page = PageId.of(self.parent, self._rest[:PACKED_BYTES], len(self.pages))
             self._rest = self._rest[PACKED_BYTES:]
             self.pages.append(page)
             self._store.seal(self, self._own(len(self.pages) - 1), page)
@@ -149,7 +149,7 @@ class Sequence:
     @property
     def tail(self) -> PageId | None:
         """The part-filled last page, if there is one."""
-        return PageId.of(self.parent, self._rest) if self._rest else None
+        return PageId.of(self.parent, self._rest, len(self.pages)) if self._rest else None
 
     def new_parts(self) -> list[PageId]:
         """Pages and tail after those it found: they supersede older tails."""

@@ -1,8 +1,9 @@
 """All tiers behind one handle: what the engine's main loop calls. Engine thread only; the mover's threads do the I/O.
 
 A page leaves the device pool when no one references it and its block is wanted; it goes to the host tier if there is
-one. Durable sequences' pages are also written to disk behind the engine as they fill. When that queue is full a page is
-left out, and persist(), which asks the disk what it lacks, writes it later.
+one. Durable sequences' pages are also written to disk behind the engine as they fill; those of anonymous ones when they
+are used a second time. When that queue is full a page is left out, and persist(), which asks the disk what it lacks,
+writes it later.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import functools
 from collections.abc import Sequence as Tokens
 from typing import Any
 
-from .base import BLOCK_TOKENS, PageLayout, Ticket, TierStats
+from .base import BLOCK_TOKENS, PageLayout, PageTier, Ticket, TierStats
 from .block import Block, BlockPool
 from .catalog import Catalog
 from .counters import Counters
 from .device import DeviceMemory
 from .disk import DiskTier
+from .evict import Uses, make_policy, relative_cost
+from .held import Held
 from .host import HostTier
 from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, chain, identity_hash, pack, root_key
 from .memory import copy
-from .held import Held
 from .mover import HoldJob, Job, Mover, ReadJob, TicketJob, WriteJob
+from .pool import DeviceTier
 from .prefix import Prefix, longest_prefix
 from .room import Room
 from .sequence import Sequence
@@ -55,16 +58,21 @@ class TieredStore:
         host_bytes: int,
         disk: DiskConfig | None,
         device: str = "cpu",
+        policy: str = "lru",
     ) -> None:
         """Raises StoreLocked when another engine has the directory, OSError or torch's error when memory is short.
-        A directory that can't be used for another reason is a warning: the store then runs without the disk."""
+        A directory that can't be used for another reason is a warning: the store then runs without the disk.
+        `policy`: how each tier chooses what to evict, one of evict.POLICIES; ValueError for another."""
         self.layout = layout
         self._identity = identity_hash(identity, layout)
         self._counters = Counters()
         self._memory = DeviceMemory(layout, device_blocks, device)
         self.pages = self._memory.layers
-        self.pool = BlockPool(device_blocks, self._demote)
-        self._host = HostTier(layout, host_bytes, self._counters) if host_bytes >= layout.page_bytes else None
+        self._uses = Uses()
+        self._policy = functools.partial(make_policy, policy, self._uses, relative_cost)
+        self.pool = BlockPool(device_blocks, self._demote, self._policy())
+        self._device = DeviceTier(layout, self.pool, self._memory)
+        self._host = self._make_host(host_bytes) if host_bytes >= layout.page_bytes else None
         self._disk = self._open_disk(disk)
         self._tiers: list[Catalog[Any]] = [tier for tier in (self._host, self._disk) if tier is not None]
         self._mover = Mover(self._memory.write, self._host, self._disk, self._counters, READERS)
@@ -73,17 +81,21 @@ class TieredStore:
         )
         self._ring = Ring(layout, self._counters, most=SPLIT_PAGES, readers=STREAM_READERS)
         on_cpu = device == "cpu"  # there attention reads the host tier in place
-        self.host_pages = payload_layers(layout, slab_tensor(self._host.slab, layout.page_bytes)) if self._host is not None and on_cpu else {}
+        in_place = self._host if on_cpu else None
+        self.host_pages = payload_layers(layout, slab_tensor(in_place.slab, layout.page_bytes)) if in_place else {}
         self._fills: dict[int, _Filling] = {}  # by block number
         self._holds: dict[HoldJob, tuple[Sequence, int]] = {}  # the sequence and position that wait for it
         self._queued: set[bytes] = set()  # keys of pages in the write queue
         self._queue_pages = max(4, min(QUEUE_BYTES // layout.page_bytes, device_blocks // 4))
 
+    def _make_host(self, limit_bytes: int) -> HostTier:
+        return HostTier(self.layout, limit_bytes, self._counters, self._policy())
+
     def _open_disk(self, config: DiskConfig | None) -> DiskTier | None:
         if config is None:
             return None
         try:
-            return DiskTier(self.layout, self._identity, config, self._counters)
+            return DiskTier(self.layout, self._identity, config, self._counters, self._policy())
         except OSError as error:
             self._counters.warn(f"{config.path}: no KV pages are kept on disk: {error.strerror or error}")
             return None
@@ -102,10 +114,12 @@ class TieredStore:
         except BaseException:
             found.give_up(self.pool)
             raise
+        self._count(found, len(tokens) - 1)
         sequence = Sequence(self, root, durable=durable)
         self._room.running.append(sequence)
         self._place(sequence, found, fresh)
         if self._disk is not None:
+            self._keep_reused([hit.page for hit in found.hits])
             for hit in reversed(found.hits):
                 self._disk.touch(hit.page)
         return sequence
@@ -117,6 +131,26 @@ class TieredStore:
         to_compute = -(-(total + 1) // BLOCK_TOKENS) - len(found.hits) - int(found.tail is not None)
         room = self.pool.available - min(to_compute, WORKING_BLOCKS)
         return wanted if wanted <= room else max(own, room)
+
+    def _keep_reused(self, pages: list[PageId]) -> None:
+        """Queues pages that are used a second time and not on disk: those that an anonymous sequence computed."""
+        for page in pages:
+            if self._on_disk(page):
+                continue
+            if len(self._queued) >= self._queue_pages:
+                self._counters.add("disk_writes_deferred")
+                return
+            job = self._job_from_memory(page)
+            if job is not None:
+                self._counters.add("disk_second_use_pages")
+                self._mover.submit([job])
+
+    def _count(self, found: Prefix, offered: int) -> None:
+        """Pages of `offered` tokens by where they were found; each is a use."""
+        for hit in found.pages:
+            self._counters.add(f"{hit.tier}_hit_pages")
+        self._uses.add(hit.page.key for hit in found.pages)
+        self._counters.add("miss_pages", max(0, -(-offered // BLOCK_TOKENS) - len(found.pages)))
 
     def _place(self, sequence: Sequence, found: Prefix, fresh: list[Block]) -> None:
         """Gives each page its block, as far as there are any, and starts the reads."""
@@ -341,7 +375,7 @@ class TieredStore:
         self.poll()
         free = [page for page in self._related(tokens, owner) if self._unused(page)]
         keys = [page.key for page in free]
-        erased = {page.key for page in free if self._erase_block(page)}
+        erased = {key for key in keys if self._device.drop(key, erase=True)}
         if self._host is not None:
             erased |= {key for key in keys if self._host.drop(key, erase=True)}
         if self._disk is not None:
@@ -352,13 +386,6 @@ class TieredStore:
     def _unused(self, page: PageId) -> bool:
         block = self.pool.find(page)
         return block is None or block.refs == 0
-
-    def _erase_block(self, page: PageId) -> bool:
-        block = self.pool.find(page)
-        if block is None:
-            return False
-        self._memory.erase(block.number)
-        return self.pool.forget(block)
 
     def _related(self, tokens: Tokens[int], owner: str) -> list[PageId]:
         """The chain of `tokens` and every tail, old ones too, that `tokens` goes through."""
@@ -372,13 +399,13 @@ class TieredStore:
 
     # --- accounts ----------------------------------------------------------------------------------
 
+    @property
+    def _all(self) -> list[PageTier]:
+        return [self._device, *(tier for tier in (self._host, self._disk) if tier is not None)]
+
     def stats(self) -> list[TierStats]:
         """Each tier's pages and bytes, fastest first."""
-        total, free, open_, sealed = self.pool.counts()
-        size = self.layout.page_bytes
-        device = TierStats("device", total, free, open_, sealed, size, (open_ + sealed) * size, total * size)
-        lower = [tier.stats() for tier in (self._host, self._disk) if tier is not None]
-        return [device, *lower]
+        return [tier.stats() for tier in self._all]
 
     def counters(self) -> dict[str, int]:
         """Monotonic counts by name; a name appears with its first count."""
@@ -391,19 +418,16 @@ class TieredStore:
 
     def check(self) -> None:
         """Raises AssertionError when the accounting identity fails on any tier. Call when idle."""
-        self.pool.check()
-        for tier in (self._host, self._disk):
-            if tier is not None:
-                tier.check()
+        for tier in self._all:
+            tier.check()
 
     def close(self) -> None:
         """Finishes the write queue, stops the threads, lets the directory go."""
         self._ring.close()
         self._mover.close()
         self.poll()
-        for tier in (self._host, self._disk):
-            if tier is not None:
-                tier.close()
+        for tier in self._all:
+            tier.close()
 
     # --- names of pages ----------------------------------------------------------------------------
 
@@ -412,7 +436,7 @@ class TieredStore:
         root, packed = root_key(self._identity, owner), pack(tokens)
         pages = chain(root, packed)
         rest = packed[len(pages) * PACKED_BYTES :]
-        return [*pages, PageId.of(pages[-1].key if pages else root, rest)] if rest else pages
+        return [*pages, PageId.of(pages[-1].key if pages else root, rest, len(pages))] if rest else pages
 
 
 def _superseded(parts: list[PageId], disk: DiskTier) -> list[bytes]:
