@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from atlas_tiers.base import KVGroup, LowerTier, PageHeader, PageLayout, PageTier
+from atlas_tiers.base import KVGroup, PageHeader, PageLayout, PageTier
 from atlas_tiers.block import BlockPool
 from atlas_tiers.counters import Counters
 from atlas_tiers.device import DeviceMemory
@@ -26,36 +26,37 @@ PAGES = 12
 UNEVEN = PageLayout((KVGroup((0, 2, 3), 1, 3), KVGroup((1,), 1, 5)), "float16")  # parts of 768 and 1280 bytes
 ALIGNED = PageLayout((KVGroup((0, 1, 2, 3), 2, 16),), "float16")  # parts of whole sectors
 Make = Callable[..., PageTier]
-MakeLower = Callable[..., LowerTier]
 
 
 @pytest.fixture(params=["device", "host", "disk"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     """Makes a tier with room for about PAGES pages."""
+    yield from making(request.param, tmp_path)
+
+
+@pytest.fixture(params=["host", "disk"])
+def below(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
+    """The same below the device pool, where pages carry checksums."""
+    yield from making(request.param, tmp_path)
+
+
+def making(name: str, path: Path) -> Iterator[Make]:
     made: list[PageTier] = []
 
     def build(layout: PageLayout = LAYOUT) -> PageTier:
-        if request.param == "device":
+        if name == "device":
             pool = BlockPool(PAGES, lambda number, page: None)
             made.append(DeviceTier(layout, pool, DeviceMemory(layout, PAGES, "cpu")))
-        elif request.param == "host":
+        elif name == "host":
             made.append(HostTier(layout, PAGES * layout.page_bytes, Counters()))
         else:
-            cap = disk_config(tmp_path, pages=PAGES).cap_bytes - (1 << 20) + 800_000
-            made.append(DiskTier(layout, b"i" * 32, disk_config(tmp_path / "kv", cap_bytes=cap), Counters()))
+            cap = disk_config(path, pages=PAGES).cap_bytes - (1 << 20) + 800_000
+            made.append(DiskTier(layout, b"i" * 32, disk_config(path / "kv", cap_bytes=cap), Counters()))
         return made[-1]
 
     yield build
     for tier in made:
         tier.close()
-
-
-@pytest.fixture
-def lower(request: pytest.FixtureRequest, make: Make) -> Make:
-    """The tiers whose pages are verified part by part; the device pool's blocks are read where they are."""
-    if request.node.callspec.params["make"] == "device":
-        pytest.skip("the device pool hands out no parts")
-    return make
 
 
 def header(number: int, parent: bytes = ROOT, count: int = 64) -> PageHeader:
@@ -181,9 +182,9 @@ def part_bytes(layout: PageLayout, whole: memoryview, first: int, last: int) -> 
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, UNEVEN, ALIGNED], ids=["small", "uneven", "aligned"])
-def test_parts(lower: MakeLower, layout: PageLayout) -> None:
+def test_parts(make: Make, layout: PageLayout) -> None:
     """Every range of parts of a pinned page, into buffers that are aligned and buffers that are not."""
-    tier = lower(layout)
+    tier = make(layout)
     whole = payload(1, layout.page_bytes)
     tier.put(header(2), payload(2, layout.page_bytes))
     tier.put(header(1), whole)
@@ -202,8 +203,8 @@ def test_parts(lower: MakeLower, layout: PageLayout) -> None:
     tier.check()
 
 
-def test_parts_that_do_not_fit_are_refused(lower: MakeLower) -> None:
-    tier = lower()
+def test_parts_that_do_not_fit_are_refused(make: Make) -> None:
+    tier = make()
     tier.put(header(1), payload(1))
     entry = tier.pin(page(1))
     size = LAYOUT.parts[0][1]
@@ -216,10 +217,10 @@ def test_parts_that_do_not_fit_are_refused(lower: MakeLower) -> None:
 
 @pytest.mark.parametrize("part", range(len(LAYOUT.parts)))
 @pytest.mark.parametrize("how", ["whole", "verify", "parts", "later part"])
-def test_a_damaged_part_is_never_handed_out(lower: MakeLower, part: int, how: str) -> None:
+def test_a_damaged_part_is_never_handed_out(below: Make, part: int, how: str) -> None:
     """Whichever part differs: whole reads fail, reads of this part fail, and the page is gone after the first that did;
     other parts can be read until then."""
-    tier = lower()
+    tier = below()
     tier.put(header(1), payload(1))
     tier.put(header(2), payload(2))
     entry = tier.pin(page(1))
@@ -247,9 +248,9 @@ def test_a_damaged_part_is_never_handed_out(lower: MakeLower, part: int, how: st
     assert read(tier, header(1).key)[1] == bytes(payload(1))
 
 
-def test_parts_while_pages_come_and_go(lower: MakeLower) -> None:
+def test_parts_while_pages_come_and_go(make: Make) -> None:
     """Readers of parts against evictions, drops and purges of the same pages: what arrives is right or refused."""
-    tier = lower()
+    tier = make()
     wrong: list[str] = []
     arrived: list[int] = []
     stop = threading.Event()

@@ -193,9 +193,7 @@ class Worker:
             self._answer(request)
         for item in [p for p in self._persists if p.ticket.done]:
             self._persists.remove(item)
-            error = None
-            if not item.ticket.durable:
-                error = Error.of(_not_durable(item.ticket))
+            error = None if item.ticket.durable else Error.of(_not_durable(item.ticket))
             self.link.send(Persisted(item.rid, item.ticket.pages, error))
 
     def _restored(self, request: Request) -> None:
@@ -237,8 +235,9 @@ class Worker:
         if not parts:
             self.store.wait(BUSY_WAIT_S)
             return
+        pieces, start = [_piece(part) for part in parts], time.perf_counter()
         try:
-            logits = self.forward([_piece(part) for part in parts])
+            logits = self.forward(pieces)
         except PageDamaged as error:
             self._page_lost([part.request for part in parts], error)
             return
@@ -249,6 +248,8 @@ class Worker:
                 self.fail(part.request, ErrorReply(code, f"forward pass: {error}"))
             return
         rows = iter(logits.cpu())
+        if len(pieces) == 1 and (pieces[0].sample or self.loaded.device.type == "cpu"):  # else it may still be running
+            self.store.note_prefill(len(pieces[0].tokens), pieces[0].first, time.perf_counter() - start)
         for part in parts:
             kv = part.request.kv
             assert kv is not None

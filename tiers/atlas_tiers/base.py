@@ -151,6 +151,24 @@ class PageTier(Protocol):
         None: not there, or damaged (then it is dropped, counted, and never tried again; `into` is undefined)."""
         ...
 
+    def pin(self, page: PageId) -> Entry[Any] | None:
+        """Exactly this page, kept from being evicted until unpin(). None: not there. Counts as a use."""
+        ...
+
+    def unpin(self, entry: Entry[Any]) -> None:
+        """Undoes one pin()."""
+        ...
+
+    def verify(self, entry: Entry[Any]) -> None:
+        """Checks every part of a pinned page. Raises PageDamaged; the page is then dropped and never tried again."""
+        ...
+
+    def load_parts(self, entry: Entry[Any], first: int, last: int, into: memoryview) -> None:
+        """Copies parts [first, last) of a pinned page (see PageLayout.parts), end to end, into `into`, which has just
+        their size, and verifies them; the other parts are neither read nor checked. Raises PageDamaged: the page is
+        dropped and `into` undefined. Raises ValueError for parts or a buffer that don't fit."""
+        ...
+
     def find(self, key: bytes) -> bool:
         """Whether the page is there, without reading it."""
         ...
@@ -170,28 +188,6 @@ class PageTier(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class LowerTier(PageTier, Protocol):
-    """RAM and disk: their pages can be held while they lie there, and read part by part."""
-
-    def pin(self, page: PageId) -> Entry[Any] | None:
-        """Exactly this page, kept from being evicted until unpin(). None: not there. Counts as a use."""
-        ...
-
-    def unpin(self, entry: Entry[Any]) -> None:
-        """Undoes one pin()."""
-        ...
-
-    def verify(self, entry: Entry[Any]) -> None:
-        """Checks every part of a pinned page. Raises PageDamaged; the page is then dropped and never tried again."""
-        ...
-
-    def load_parts(self, entry: Entry[Any], first: int, last: int, into: memoryview) -> None:
-        """Copies parts [first, last) of a pinned page (see PageLayout.parts), end to end, into `into`, which has just
-        their size, and verifies them; the other parts are neither read nor checked. Raises PageDamaged: the page is
-        dropped and `into` undefined. Raises ValueError for parts or a buffer that don't fit."""
-        ...
 
 
 class OutOfBlocks(Exception):
@@ -258,6 +254,12 @@ class KVStore(Protocol):
         """Begins a sequence that will hold `tokens`. Finds the longest usable prefix of tokens[:-1] over all tiers (one
         token at least is left to compute), pins what is resident, starts reading the rest. Pages of a sequence that is
         not durable stay in memory; those that a later sequence finds there are written to disk. Raises OutOfBlocks."""
+        ...
+
+    def note_prefill(self, tokens: int, position: int, seconds: float) -> None:
+        """A pass over `tokens` of one prompt alone, at [position, position + tokens), took so long. open() leaves pages
+        out that it expects to be computed faster than read, and says so in reset_reason. Less than a page of tokens
+        tells nothing and is ignored."""
         ...
 
     def read_ahead(self, wants: Sequence[Want]) -> Pass:

@@ -23,6 +23,7 @@ from .host import HostTier
 from .index import Entry
 from .keys import PageId
 from .memory import copy
+from .rates import Rates
 
 READ_BATCH = 4  # pages a reader reports together: each report wakes the engine's thread
 BATCH_BYTES = 32 << 20  # pages that share one fdatasync and one commit
@@ -84,10 +85,12 @@ class Mover:
         host: HostTier | None,
         disk: DiskTier | None,
         counters: Counters,
+        rates: Rates,
         readers: int,
     ) -> None:
         """`write_block(block, payload)` copies a verified page to the device."""
-        self._write_block, self._host, self._disk, self._counters = write_block, host, disk, counters
+        self._write_block, self._host, self._disk = write_block, host, disk
+        self._counters, self._rates = counters, rates
         self.finished: deque[Job] = deque()
         self.event = threading.Event()  # something is in `finished`
         self._reads: deque[ReadJob | HoldJob] = deque()
@@ -184,7 +187,8 @@ class Mover:
                 if not job.wanted or job.ok:
                     return
                 try:
-                    tier.load(entry, lambda payload: self._write_block(job.block.number, payload))
+                    with self._rates.restoring(tier.name, tier.page_bytes):
+                        tier.load(entry, lambda payload: self._write_block(job.block.number, payload))
                     job.ok = True
                 except PageDamaged as error:
                     job.reason = str(error)

@@ -8,7 +8,9 @@ from typing import Protocol
 
 from .base import OutOfBlocks, PageHeader, PageLayout, TierStats
 from .block import Block, BlockPool, State
+from .index import Entry
 from .keys import PageId
+from .memory import aligned_buffer, copy
 
 
 class Slabs(Protocol):
@@ -26,6 +28,7 @@ class DeviceTier:
     name = "device"
 
     def __init__(self, layout: PageLayout, pool: BlockPool, memory: Slabs) -> None:
+        self._layout = layout
         self.page_bytes = layout.page_bytes
         self._pool, self._memory = pool, memory
         self._lock = threading.Lock()
@@ -59,6 +62,34 @@ class DeviceTier:
             self._memory.read(block.number, into)
             self._use(block)
             return block.page.header
+
+    def pin(self, page: PageId) -> Entry[Block] | None:
+        """Exactly this page, sealed, its block referenced until unpin(). None: not there."""
+        with self._lock:
+            block = self._pool.find(page)
+            if block is None or block.state is not State.SEALED:
+                return None
+            self._pool.acquire(block)
+            return Entry(page, block, pins=1)
+
+    def unpin(self, entry: Entry[Block]) -> None:
+        """Undoes one pin()."""
+        with self._lock:
+            entry.pins -= 1
+            self._pool.release(entry.place)
+
+    def verify(self, entry: Entry[Block]) -> None:
+        """Nothing to check: see above."""
+
+    def load_parts(self, entry: Entry[Block], first: int, last: int, into: memoryview) -> None:
+        """Copies parts [first, last) of a pinned page into `into`. Raises ValueError for parts or a buffer that don't
+        fit. Attention does not come here: it reads the blocks themselves."""
+        offset, size = self._layout.span(first, last)
+        if into.nbytes != size:
+            raise ValueError(f"a buffer of {into.nbytes} bytes for parts of {size}")
+        whole = aligned_buffer(self.page_bytes)
+        self._memory.read(entry.place.number, whole)
+        copy(into, whole[offset : offset + size])
 
     def find(self, key: bytes) -> bool:
         """Whether a sealed block holds the page."""

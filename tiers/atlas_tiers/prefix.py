@@ -9,10 +9,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from .base import BLOCK_TOKENS
 from .block import Block, BlockPool, State
 from .catalog import Catalog
 from .index import Entry
 from .keys import PACKED_BYTES, PageId, common_tokens
+from .rates import Rates
 
 Sources = list[tuple[Catalog[Any], Entry[Any]]]
 
@@ -61,6 +63,22 @@ class Prefix:
     def pages_needed(self) -> int:
         """Full pages that are in no block."""
         return sum(hit.block is None for hit in self.hits)
+
+    def leave_out_slow(self, rates: Rates, size: int, pool: BlockPool) -> str:
+        """Lets go of the pages, of `size` bytes, that are computed faster than they are read; says so, or nothing."""
+        pages = [(hit.tier, BLOCK_TOKENS) for hit in self.hits]
+        if self.tail is not None:
+            pages.append((self.tail.hit.tier, self.tail.used))
+        choice = rates.choose(pages, size)
+        first = choice.pages
+        if first == len(pages):
+            return ""
+        Prefix(self.hits[first:], self.tail).give_up(pool)
+        self.hits, self.tail = self.hits[:first], None
+        return (
+            f"recomputing from token {first * BLOCK_TOKENS} was faster: about {choice.compute_s:.2f} s, against "
+            f"{choice.restore_s:.2f} s to read {len(pages) - first} pages"
+        )
 
     def give_up(self, pool: BlockPool) -> None:
         """Undoes what the search holds."""

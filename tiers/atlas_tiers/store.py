@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence as Tokens
 from typing import Any
 
@@ -19,7 +20,7 @@ from .catalog import Catalog
 from .counters import Counters
 from .device import DeviceMemory
 from .disk import DiskTier
-from .evict import Uses, make_policy, relative_cost
+from .evict import Uses, make_policy
 from .held import Held
 from .host import HostTier
 from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, chain, identity_hash, pack, root_key
@@ -27,6 +28,7 @@ from .memory import copy
 from .mover import HoldJob, Job, Mover, ReadJob, TicketJob, WriteJob
 from .pool import DeviceTier
 from .prefix import Prefix, longest_prefix
+from .rates import Rates
 from .room import Room
 from .sequence import Sequence
 from .space import DiskConfig
@@ -69,13 +71,14 @@ class TieredStore:
         self._memory = DeviceMemory(layout, device_blocks, device)
         self.pages = self._memory.layers
         self._uses = Uses()
-        self._policy = functools.partial(make_policy, policy, self._uses, relative_cost)
+        self._rates = Rates(time.monotonic)
+        self._policy = functools.partial(make_policy, policy, self._uses, self._rates.page_cost)
         self.pool = BlockPool(device_blocks, self._demote, self._policy())
         self._device = DeviceTier(layout, self.pool, self._memory)
         self._host = self._make_host(host_bytes) if host_bytes >= layout.page_bytes else None
         self._disk = self._open_disk(disk)
         self._tiers: list[Catalog[Any]] = [tier for tier in (self._host, self._disk) if tier is not None]
-        self._mover = Mover(self._memory.write, self._host, self._disk, self._counters, READERS)
+        self._mover = Mover(self._memory.write, self._host, self._disk, self._counters, self._rates, READERS)
         self._room = Room(
             self.pool, self._memory, self._host, self._disk, self._counters, self._write_behind, lambda: self.writing
         )
@@ -107,6 +110,8 @@ class TieredStore:
         root = root_key(self._identity, owner)
         self.poll()  # not between search and placing: a fill that fails then would be taken for a page that is there
         found = longest_prefix(root, pack(tokens[:-1]), self.pool, self._tiers)
+        hits = [(hit.tier, hit.page.key) for hit in found.pages]
+        reason = found.leave_out_slow(self._rates, self.layout.page_bytes, self.pool)
         try:
             count = self._fresh_blocks(found, len(tokens))
             self._room.spare(found.hits, count)
@@ -114,10 +119,11 @@ class TieredStore:
         except BaseException:
             found.give_up(self.pool)
             raise
-        self._count(found, len(tokens) - 1)
+        self._count(hits, len(tokens) - 1)
         sequence = Sequence(self, root, durable=durable)
         self._room.running.append(sequence)
         self._place(sequence, found, fresh)
+        sequence.reset_reason = reason
         if self._disk is not None:
             self._keep_reused([hit.page for hit in found.hits])
             for hit in reversed(found.hits):
@@ -145,12 +151,17 @@ class TieredStore:
                 self._counters.add("disk_second_use_pages")
                 self._mover.submit([job])
 
-    def _count(self, found: Prefix, offered: int) -> None:
+    def note_prefill(self, tokens: int, position: int, seconds: float) -> None:
+        """See KVStore.note_prefill."""
+        if tokens >= BLOCK_TOKENS:
+            self._rates.prefill.note(tokens, position, seconds)
+
+    def _count(self, hits: list[tuple[str, bytes]], offered: int) -> None:
         """Pages of `offered` tokens by where they were found; each is a use."""
-        for hit in found.pages:
-            self._counters.add(f"{hit.tier}_hit_pages")
-        self._uses.add(hit.page.key for hit in found.pages)
-        self._counters.add("miss_pages", max(0, -(-offered // BLOCK_TOKENS) - len(found.pages)))
+        for tier, _ in hits:
+            self._counters.add(f"{tier}_hit_pages")
+        self._uses.add(key for _, key in hits)
+        self._counters.add("miss_pages", max(0, -(-offered // BLOCK_TOKENS) - len(hits)))
 
     def _place(self, sequence: Sequence, found: Prefix, fresh: list[Block]) -> None:
         """Gives each page its block, as far as there are any, and starts the reads."""
