@@ -294,6 +294,22 @@ def test_parts_while_pages_come_and_go(make: Make) -> None:
     assert tier.stats().open == 0
 
 
+def test_bytes_and_time_are_counted() -> None:
+    counters = Counters()
+    tier = HostTier(LAYOUT, PAGES * LAYOUT.page_bytes, counters)
+    for number in range(3):
+        tier.put(header(number), payload(number))
+    read(tier, header(1).key)
+    entry = tier.pin(page(2))
+    assert entry is not None
+    tier.load_parts(entry, 0, 1, memoryview(bytearray(LAYOUT.parts[0][1])))
+    counts = counters.counts()
+    assert counts["host_bytes_written"] == 3 * LAYOUT.page_bytes
+    assert counts["host_bytes_read"] == LAYOUT.page_bytes + LAYOUT.parts[0][1]
+    assert counts["host_write_us"] > 0
+    assert counts["host_read_us"] > 0
+
+
 def test_a_part_in_place() -> None:
     """Host only: the bytes themselves, nothing copied."""
     tier = HostTier(LAYOUT, PAGES * LAYOUT.page_bytes, Counters())

@@ -16,55 +16,9 @@ from pathlib import Path
 import lmdb
 import pytest
 from atlas_tiers.base import KVGroup, PageLayout
-from atlas_tiers.counters import Counters
-from atlas_tiers.disk import DiskTier
 from atlas_tiers.errors import StoreLocked
-from atlas_tiers.keys import PageId, pack
+from disk_support import OTHER, SLOT, counts, fill, page, payload, survivors, tier
 from tiers_support import LAYOUT, disk_config
-
-OWN, OTHER = b"i" * 32, b"j" * 32
-ROOT = b"r" * 32
-SLOT = 4096 + -(-LAYOUT.page_bytes // 4096) * 4096
-
-
-def page(number: int, count: int = 64) -> PageId:
-    return PageId.of(ROOT, pack([number, *range(count - 1)]))
-
-
-def payload(number: int, size: int = LAYOUT.page_bytes) -> memoryview:
-    return memoryview(bytearray(random.Random(number).randbytes(size)))
-
-
-@contextlib.contextmanager
-def tier(path: Path, identity: bytes = OWN, layout: PageLayout = LAYOUT, **options: int) -> Iterator[DiskTier]:
-    opened = DiskTier(layout, identity, disk_config(path, **options), Counters())
-    try:
-        yield opened
-        opened.check()
-    finally:
-        opened.close()
-
-
-def counts(opened: DiskTier) -> dict[str, int]:
-    return opened._counters.counts()
-
-
-def fill(opened: DiskTier, numbers: range) -> None:
-    for number in numbers:
-        assert opened.put(page(number).header, payload(number))
-
-
-def survivors(opened: DiskTier, numbers: range) -> set[int]:
-    """The pages that can be read; each must be right."""
-    into = memoryview(bytearray(LAYOUT.page_bytes))
-    found = set()
-    for number in numbers:
-        header = opened.get(page(number).key, into)
-        if header is not None:
-            assert header == page(number).header
-            assert into == payload(number), f"page {number} is wrong"
-            found.add(number)
-    return found
 
 
 def all_bytes(path: Path) -> int:
@@ -83,8 +37,45 @@ def test_pages_survive_closing(tmp_path: Path) -> None:
 def test_directories_and_files_are_private(tmp_path: Path) -> None:
     with tier(tmp_path / "kv") as opened:
         fill(opened, range(3))
-        for entry in [tmp_path / "kv", *(tmp_path / "kv").rglob("*")]:
-            assert stat.S_IMODE(entry.stat().st_mode) == (0o700 if entry.is_dir() else 0o600), entry
+        assert_private(tmp_path / "kv")
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o077])
+def test_modes_under_any_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with tier(tmp_path / "kv") as opened:
+            fill(opened, range(20))
+            assert_private(tmp_path / "kv")
+    finally:
+        os.umask(before)
+
+
+def test_lax_modes_are_mended(tmp_path: Path) -> None:
+    """A directory that was copied or unpacked, and a link in it that is none of ours."""
+    with tier(tmp_path / "kv") as opened:
+        fill(opened, range(20))
+    outside = tmp_path / "outside"
+    outside.write_text("not a segment")
+    outside.chmod(0o644)
+    for entry in [tmp_path / "kv", *(tmp_path / "kv").rglob("*")]:
+        entry.chmod(0o777 if entry.is_dir() else 0o666)
+    (tmp_path / "kv" / "seg-00000077.kv").symlink_to(outside)
+    with tier(tmp_path / "kv") as again:
+        assert_private(tmp_path / "kv")
+        assert survivors(again, range(20)) == set(range(20))
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o644
+    shutil.rmtree(tmp_path / "kv" / "index")  # an index that is rebuilt is private as well
+    with tier(tmp_path / "kv") as third:
+        assert_private(tmp_path / "kv")
+        assert survivors(third, range(20)) == set(range(20))
+
+
+def assert_private(directory: Path) -> None:
+    entries = [directory, *directory.rglob("*")]
+    assert {entry.name for entry in entries} >= {"lock", "index", "data.mdb", "lock.mdb", "seg-00000001.kv"}
+    for entry in entries:
+        assert stat.S_IMODE(entry.stat().st_mode) == (0o700 if entry.is_dir() else 0o600), entry
 
 
 def test_a_second_engine_is_refused(tmp_path: Path) -> None:

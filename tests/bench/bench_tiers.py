@@ -1,18 +1,24 @@
-"""Restore of a session from disk against a raw O_DIRECT sequential read of the same bytes.
+"""Sessions to disk and back, against raw O_DIRECT I/O of as many bytes on the same file system in the same run.
 
-    python tests/bench/bench_tiers.py [--tokens 6000] [--directory DIR] [--json FILE]
+    python tests/bench/bench_tiers.py [--tokens 20000] [--directory DIR]
 
-The page is the bundled model's in float32: 6 layers, 2 KV heads of 64, 6 KiB a token, 384 KiB a page.
+The page is the bundled model's in float32: 6 layers, 2 KV heads of 64, 6 KiB a token, 384 KiB a page. Every round does
+each thing once, so that a change of the machine's load hits all alike; values are medians, ratios medians of the
+rounds' ratios.
+
+The limits: blocks of 4 MiB, one at a time and three at a time, whichever is faster; a write ends with fdatasync.
+`fresh` files are allocated and not yet written (a session into new segments; making these is in its time, allocating
+the raw file is not), `reused` ones were written before (a session into slots of purged pages).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,84 +26,100 @@ from pathlib import Path
 from atlas_tiers.base import KVGroup, PageLayout
 from atlas_tiers.disk import DiskConfig
 from atlas_tiers.store import TieredStore
+from report import row
 
 LAYOUT = PageLayout((KVGroup(tuple(range(6)), 2, 64),), "float32")
 BUILD = Path(__file__).parent.parent.parent / "build"
 ROUNDS = 7
+BLOCK = 4 << 20
+DEPTHS = (1, 3)
+RESTORE_BAR, WRITE_BAR = 0.80, 0.70
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=6000)
+    parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--directory", type=Path, default=BUILD, help="on the file system to measure")
-    parser.add_argument("--json", type=Path, default=BUILD / "bench" / "tiers.json")
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-        rows = measure(Path(scratch), list(range(1, arguments.tokens + 1)))
-    for row in rows:
-        against = f"  {row['ratio']:.2f} of {row['against']}" if row["ratio"] else ""
-        print(f"{row['name']:<22}{row['value']:>9.2f} {row['unit']}{against}")
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        tokens = list(range(1, arguments.tokens + 1))
+        rounds = [measure(Path(scratch), tokens, number) for number in range(ROUNDS + 1)][1:]  # the first one warms up
+    size = -(-len(tokens) // 64) * LAYOUT.page_bytes
+    for name, limit, bar in (
+        ("restore", "read", RESTORE_BAR),
+        ("write_fresh", "write_fresh", WRITE_BAR),
+        ("write_reused", "write_reused", WRITE_BAR),
+    ):
+        report(rounds, size, name, limit, bar)
 
 
-def measure(scratch: Path, tokens: list[int]) -> list[dict[str, object]]:
-    """Rows for the table: write, restore, and the raw figures of the same bytes."""
-    pages = -(-len(tokens) // 64)
-    size = pages * LAYOUT.page_bytes
-    write_s = time_write(scratch / "kv", tokens)
-    raw_write_s, read_raw = raw_file(scratch / "raw", size)
-    restore, raw = [], []
-    for _ in range(ROUNDS):  # interleaved, so that a change of the machine's load hits both
-        restore.append(time_restore(scratch / "kv", tokens))
-        raw.append(read_raw())
-    restore_s, raw_s = statistics.median(restore), statistics.median(raw)
-    return [
-        row("tiers.restore_ms", 1e3 * restore_s, "ms", "raw sequential read", raw_s / restore_s),
-        row("tiers.restore", size / restore_s / 1e9, "GB/s", "raw sequential read", raw_s / restore_s),
-        row("tiers.raw_read", size / raw_s / 1e9, "GB/s", "", None),
-        row("tiers.write", size / write_s / 1e9, "GB/s", "raw sequential write", raw_write_s / write_s),
-    ]
+def report(rounds: list[dict[str, float]], size: int, name: str, limit: str, bar: float) -> None:
+    """One row for the store against the better of the raw ones, and one for each of these."""
+    for depth in DEPTHS:
+        speed = size / statistics.median(r[f"raw {limit} {depth}"] for r in rounds) / 1e9
+        row("tiers", f"tiers.raw_{limit}_{depth}", speed, "GB/s")
+    best = [min(r[f"raw {limit} {depth}"] for depth in DEPTHS) for r in rounds]
+    ratio = statistics.median(limit_s / r[name] for limit_s, r in zip(best, rounds, strict=True))
+    seconds = statistics.median(r[name] for r in rounds)
+    against = f"raw {limit.replace('_', ', ')} {size / statistics.median(best) / 1e9:.2f} GB/s"
+    row("tiers", f"tiers.{name}_ms", 1e3 * seconds, "ms")
+    speed = size / seconds / 1e9
+    row("tiers", f"tiers.{name}", speed, "GB/s", against=against, ratio=ratio, bar=bar, higher_is_better=True)
 
 
-def row(name: str, value: float, unit: str, against: str, ratio: float | None) -> dict[str, object]:
-    """One row of the results. No bar is set here: on a busy machine the ratio says more than the time."""
-    command = "python tests/bench/bench_tiers.py"
-    names = ("name", "value", "unit", "against", "ratio", "bar", "met", "command")
-    return dict(zip(names, (name, value, unit, against, ratio, None, None, command), strict=True))
+def measure(scratch: Path, tokens: list[int], number: int) -> dict[str, float]:
+    """Seconds of one round, by name."""
+    size = -(-len(tokens) // 64) * LAYOUT.page_bytes
+    kv = scratch / f"kv{number}"
+    found = {}
+    with Raw(scratch / "raw", size) as raw:
+        for depth in DEPTHS:
+            raw.allocate()
+            found[f"raw write_fresh {depth}"] = raw.write(depth)
+        found["write_fresh"], found["write_reused"] = time_writes(kv, tokens)
+        for depth in DEPTHS:
+            found[f"raw write_reused {depth}"] = raw.write(depth)
+            found[f"raw read {depth}"] = raw.read(depth)
+        found["restore"] = time_restore(kv, tokens)
+    for file in kv.glob("seg-*.kv"):
+        file.unlink()
+    return found
 
 
 def new_store(path: Path, pages: int) -> TieredStore:
     config = DiskConfig(path, cap_bytes=4 << 30, free_floor_bytes=0)
-    return TieredStore(LAYOUT, b"bench", device_blocks=pages + 4, host_bytes=0, disk=config)
+    made = TieredStore(LAYOUT, b"bench", device_blocks=pages + 4, host_bytes=0, disk=config)
+    for slab in made.slabs:
+        slab.fill_(1.5)  # commits the memory: a daemon has done so by the time its model is loaded
+    return made
 
 
-def time_write(path: Path, tokens: list[int]) -> float:
-    """Seconds to make a computed session durable. The directory's segments are made beforehand by a first session."""
-    store = new_store(path, 2 * len(tokens) // 64 + 4)
-    for ids in ([0, *tokens[1:]], tokens):
-        sequence = store.open(ids, "bench", durable=False)
-        sequence.reserve(len(ids))
-        sequence.commit(ids)
+def time_writes(path: Path, tokens: list[int]) -> tuple[float, float]:
+    """Seconds until a computed session is durable: in a new directory, and again after it was purged."""
+    store = new_store(path, -(-len(tokens) // 64))
+    seconds = []
+    for _ in range(2):
+        store.purge(tokens, "bench")
+        sequence = store.open(tokens, "bench", durable=False)
+        sequence.reserve(len(tokens))
+        sequence.commit(tokens)
         sequence.release()
         start = time.perf_counter()
-        ticket = store.persist(ids, "bench")
+        ticket = store.persist(tokens, "bench")
         while not ticket.done:
             store.wait(1.0)
             store.poll()
-        elapsed = time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
         if not ticket.durable:
             raise RuntimeError(ticket.error)
     store.close()
-    return elapsed
+    return seconds[0], seconds[1]
 
 
 def time_restore(path: Path, tokens: list[int]) -> float:
-    """Seconds from open() to a ready sequence in a new store."""
-    store = new_store(path, len(tokens) // 64)
-    for slab in store.slabs:
-        slab.zero_()  # commits the memory: a daemon has done so by the time its model is loaded
+    """Seconds from open() to a ready sequence in a new store. Segments are read with O_DIRECT, past the page cache."""
+    store = new_store(path, -(-len(tokens) // 64))
     start = time.perf_counter()
     sequence = store.open([*tokens, 1], "bench", durable=True)
     while not sequence.ready:
@@ -111,26 +133,53 @@ def time_restore(path: Path, tokens: list[int]) -> float:
     return elapsed
 
 
-def raw_file(path: Path, size: int) -> tuple[float, Callable[[], float]]:
-    """Writes `size` bytes past the page cache; returns the seconds and a function that reads them back and times it."""
-    chunk = 4 << 20
-    buffer = mmap.mmap(-1, chunk)
-    buffer[:] = os.urandom(chunk)
-    offsets = range(0, size, chunk)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
-    os.posix_fallocate(descriptor, 0, len(offsets) * chunk)
-    scale = size / (len(offsets) * chunk)
+class Raw:
+    """A file of whole blocks, read and written with O_DIRECT. Seconds are scaled to `size` bytes."""
 
-    def timed(operation: Callable[[int], object]) -> float:
+    def __init__(self, path: Path, size: int) -> None:
+        self._path, self._blocks = path, -(-size // BLOCK)
+        self._scale = size / (self._blocks * BLOCK)
+        self._buffers = [mmap.mmap(-1, BLOCK) for _ in range(max(DEPTHS))]
+        for buffer in self._buffers:
+            buffer[:] = os.urandom(BLOCK)
+
+    def __enter__(self) -> Raw:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+        self._path.unlink()
+
+    def allocate(self) -> None:
+        """Makes the file anew, unwritten."""
+        os.ftruncate(self._fd, 0)
+        os.posix_fallocate(self._fd, 0, self._blocks * BLOCK)
+        os.fsync(self._fd)
+
+    def write(self, depth: int) -> float:
+        """Seconds, with `depth` writes at a time."""
+        return self._timed(depth, lambda buffer, offset: os.pwritev(self._fd, [buffer], offset))
+
+    def read(self, depth: int) -> float:
+        """Seconds, with `depth` reads at a time."""
+        return self._timed(depth, lambda buffer, offset: os.preadv(self._fd, [buffer], offset))
+
+    def _timed(self, depth: int, operation: Callable[[mmap.mmap, int], int]) -> float:
+        offsets = iter(range(0, self._blocks * BLOCK, BLOCK))  # next() of a range's iterator is atomic
+
+        def work(buffer: mmap.mmap) -> None:
+            for offset in offsets:
+                operation(buffer, offset)
+
+        threads = [threading.Thread(target=work, args=(buffer,)) for buffer in self._buffers[:depth]]
         start = time.perf_counter()
-        for offset in offsets:
-            operation(offset)
-        os.fdatasync(descriptor)
-        return (time.perf_counter() - start) * scale
-
-    timed(lambda offset: os.pwritev(descriptor, [buffer], offset))  # the first write also turns the extents into data
-    written = timed(lambda offset: os.pwritev(descriptor, [buffer], offset))
-    return written, lambda: timed(lambda offset: os.preadv(descriptor, [buffer], offset))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        os.fdatasync(self._fd)
+        return (time.perf_counter() - start) * self._scale
 
 
 if __name__ == "__main__":

@@ -15,26 +15,28 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from . import recovery
 from .base import PageHeader, PageLayout, TierStats
 from .catalog import Catalog, Fill, Sink
-from .counters import Counters
-from .errors import PageDamaged, TooManyParts
+from .counters import Counters, DailyBytes, Meter
+from .errors import TooManyParts
 from .evict import Policy, depths
 from .index import Entry
 from .indexfile import BYTES_PER_PAGE, Changes
-from .keys import PageId, layout_hash
-from .memory import aligned_buffer, copy
+from .keys import PageId
+from .memory import Staging, copy
 from .reader import SlotReader
-from .segment import MAX_PARTS, SECTOR, Place, Segment, SlotDamaged, SlotHeader, digests, encode_header, slot_size
+from .segment import MAX_PARTS, Place, Segment, slot_size
 from .space import DiskConfig as DiskConfig
 from .space import Obstacle, Space
+from .writer import SlotWriter
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 READERS_LEAVE_S = 2.0
+CHUNK_BYTES = 2 << 20  # slots side by side that are read or written at once
 
 
 class DiskTier(Catalog[Place]):
@@ -56,16 +58,16 @@ class DiskTier(Catalog[Place]):
         if len(layout.parts) > MAX_PARTS:
             raise TooManyParts(len(layout.parts), MAX_PARTS)
         self._config, self._counters = config, counters
-        self._layout_hash = layout_hash(layout)
         self._slot_bytes = slot_size(layout.page_bytes)
         self._io = threading.RLock()
-        self._staging = aligned_buffer(self._slot_bytes)  # the writer's, under _io
+        self._staging = Staging(max(1, CHUNK_BYTES // self._slot_bytes) * self._slot_bytes)
         self._touched: dict[bytes, int] = {}  # use stamps that are not in the index file yet
         self._busy: set[Place] = set()  # slots being written
         self._leaving: list[Entry[Place]] = []  # out of the index here, their records not yet deleted
         self._lingering: set[Place] = set()  # records deleted, but a reader is still in the slot
         self._pause_s, self._paused_until, self._grow_after = 0.0, 0.0, 0.0
         self.last_error = ""
+        self._storing = Meter(counters, "disk_write_us")
         self._lock_fd = recovery.lock_directory(config.path, config.lock_wait_s)
         try:
             self._adopt(recovery.recover(config.path))
@@ -76,7 +78,11 @@ class DiskTier(Catalog[Place]):
     def _adopt(self, found: recovery.Recovered) -> None:
         self._file = found.index
         self._space = Space(self._config, found.index, found.segments, self._slot_bytes)
-        self._reader = SlotReader(self.layout, self._identity, self._space)
+        parts = (self.layout, self._identity, self._space, self._staging)
+        self._reader = SlotReader(*parts, self._counters, self._quarantine)
+        self._writer = SlotWriter(*parts)
+        self._written = DailyBytes(*found.written)
+        self._counters.gauge("disk_bytes_written_today", self._written.today)
         known = depths({entry.page.key: entry.page.parent for entry in found.entries})
         for entry in found.entries:
             entry.page = dataclasses.replace(entry.page, depth=known[entry.page.key])
@@ -93,19 +99,16 @@ class DiskTier(Catalog[Place]):
 
     def load(self, entry: Entry[Place], sink: Sink) -> None:
         """See Catalog.load. Any read error counts as damage of this page."""
-        with self._reader.buffer() as buffer:
-            with self._damage(entry):
-                payload = self._reader.page(entry, buffer)
-            sink(payload)
-        self._counters.add("disk_pages_read")
-        self._counters.add("disk_bytes_read", self._slot_bytes)
+        self._reader.load(entry, sink)
+
+    def load_all(self, wanted: Sequence[tuple[Entry[Place], Sink]]) -> list[Exception | None]:
+        """load() for several pinned pages; those that lie side by side are read at once. What went wrong with each."""
+        return self._reader.load_all(wanted)
 
     def load_parts(self, entry: Entry[Place], first: int, last: int, into: memoryview) -> None:
-        """See Catalog.load_parts. The slot's header is read with the first parts after pin(), then kept."""
+        """See Catalog.load_parts. The slot's header is read with the first parts after pin(), its digests are kept."""
         self._span(first, last, into)
-        with self._damage(entry):
-            read = self._reader.parts(entry, first, last, into)
-        self._counters.add("disk_bytes_read", read)
+        self._reader.load_parts(entry, first, last, into)
 
     def unpin(self, entry: Entry[Place]) -> None:
         """Undoes one pin(). The last one forgets the digests: they would be much memory for a full disk."""
@@ -113,15 +116,6 @@ class DiskTier(Catalog[Place]):
             super().unpin(entry)
             if not entry.pins:
                 entry.digests = b""
-
-    @contextlib.contextmanager
-    def _damage(self, entry: Entry[Place]) -> Iterator[None]:
-        """A page whose bytes differ, or can't be read, is dropped."""
-        try:
-            yield
-        except (OSError, SlotDamaged) as error:
-            self._quarantine(entry, error)
-            raise PageDamaged("page damaged on disk") from error
 
     def _quarantine(self, entry: Entry[Place], error: Exception) -> None:
         if self._forget([entry]):
@@ -149,7 +143,8 @@ class DiskTier(Catalog[Place]):
             wanted = {page.key: (page, fill) for page, fill in pages if page.consistent and not self.holds(page)}
             if wanted and time.monotonic() >= self._paused_until:
                 try:
-                    complete = self._store(list(wanted.values()))
+                    with self._storing:
+                        complete = self._store(list(wanted.values()))
                     self._pause_s, self.last_error = 0.0, "" if complete else "no room under the disk cap"
                 except OSError as error:
                     self._pause(error)
@@ -166,32 +161,20 @@ class DiskTier(Catalog[Place]):
 
     def _store(self, pages: list[tuple[PageId, Fill]]) -> bool:
         """Writes what there is room for. False: not all of it."""
-        places = self._allocate(len(pages))
-        entries: list[Entry[Place]] = []
+        places = self._allocate(len(pages))  # fewer than pages: the cap is too small
         try:
-            for (page, fill), place in zip(
-                pages, places, strict=False
-            ):  # fewer places than pages: the cap is too small
-                with contextlib.suppress(PageDamaged):  # the page's source in RAM is bad: leave it out
-                    self._write(page, fill, place)
-                    entries.append(Entry(page, place, identity=self._identity))
-        finally:  # what was written before a failure is worth keeping
-            try:
-                self._publish(entries)
-            finally:
-                self._settle(places)
+            written, error = self._writer.write(pages[: len(places)], places)
+            self._publish(written)  # what was written before a failure is worth keeping
+        finally:
+            self._settle(places)
+        if error is not None:
+            raise error
         return len(places) == len(pages)
-
-    def _write(self, page: PageId, fill: Fill, place: Place) -> None:
-        payload = self._staging[SECTOR : SECTOR + self.page_bytes]
-        fill(payload)
-        header = SlotHeader(page, self._identity, self._layout_hash, self.page_bytes, digests(payload, self.layout))
-        encode_header(header, self._staging)
-        self._space.segment(place).write(place.slot, self._staging)
 
     def _publish(self, entries: list[Entry[Place]]) -> None:
         for number in {entry.place.segment for entry in entries}:
             self._space.segments[number].sync()
+        self._written.add(len(entries) * self._slot_bytes)
         with self._state:
             for entry in entries:
                 self._clock += 1
@@ -216,13 +199,16 @@ class DiskTier(Catalog[Place]):
         """One transaction, with the deletions and stamps that wait for one. Raises OSError; then they go on waiting."""
         with self._state:
             leaving, touched = list(self._leaving), dict(self._touched)
+            changes.add_segments |= self._space.unrecorded
         changes.delete += [entry.page.key for entry in leaving]
         own = {key: stamp for key, stamp in touched.items() if self.find(key)}
         changes.stamps.update(own)
+        changes.written = self._written.record()
         self._file.apply(changes)
         bytes_used = self._space.used_bytes()
         with self._state:
             self._bytes_used = bytes_used
+            self._space.unrecorded.clear()  # segments are made under _io, as is this
             self._leaving = self._leaving[len(leaving) :]
             self._touched = {key: stamp for key, stamp in self._touched.items() if touched.get(key) != stamp}
             for entry in leaving:
@@ -240,11 +226,10 @@ class DiskTier(Catalog[Place]):
         try:
             while len(places) < count:
                 with self._state:
-                    place = self._space.take()
-                    if place is not None:
-                        self._busy.add(place)
-                        places.append(place)
-                if place is None and not self._grow() and not self._evict(count - len(places)):
+                    taken = self._space.take(count - len(places))
+                    self._busy.update(taken)
+                    places += taken
+                if not taken and not self._grow() and not self._evict(count - len(places)):
                     break
         except OSError:
             self._settle(places)
@@ -353,10 +338,8 @@ class DiskTier(Catalog[Place]):
     def _erase(self, entries: list[Entry[Place]]) -> None:
         with self._state:
             self._state.wait_for(lambda: not any(entry.pins for entry in entries), READERS_LEAVE_S)
-        self._staging[:] = bytes(self._slot_bytes)
-        for entry in entries:
-            segment = self._space.segment(entry.place)
-            segment.write(entry.place.slot, self._staging[: segment.slot_bytes])
+        self._writer.erase(entries)
+        self._written.add(sum(self._space.segment(entry.place).slot_bytes for entry in entries))
         for number in {entry.place.segment for entry in entries}:
             self._space.segments[number].sync()
 
@@ -401,6 +384,7 @@ class DiskTier(Catalog[Place]):
                 return
             with contextlib.suppress(OSError):
                 self._commit(Changes())
+            self._writer.close()
             self._file.close()
             self._space.close()
             os.close(self._lock_fd)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .base import PageHeader, PageLayout, TierStats
 from .catalog import Catalog, Fill, Sink
-from .counters import Counters
+from .counters import Counters, Meter
 from .errors import PageDamaged
 from .evict import Policy
 from .index import Entry
@@ -26,6 +26,7 @@ class HostTier(Catalog[int]):
         super().__init__(b"", layout, policy)
         self.limit_bytes = limit_bytes
         self._counters = counters
+        self._reading, self._storing = Meter(counters, "host_read_us"), Meter(counters, "host_write_us")
         self._total = limit_bytes // layout.page_bytes
         self._slab = aligned_buffer(self._total * layout.page_bytes)
         self._free = list(range(self._total - 1, -1, -1))
@@ -40,7 +41,7 @@ class HostTier(Catalog[int]):
 
     def store(self, pages: Sequence[tuple[PageId, Fill]]) -> list[bool]:
         """Stores pages; each `fill` writes one payload. One bool a page: it is there now."""
-        with self._writing:
+        with self._writing, self._storing:
             return [self._store(page, fill) for page, fill in pages]
 
     def _store(self, page: PageId, fill: Fill) -> bool:
@@ -65,20 +66,25 @@ class HostTier(Catalog[int]):
             self._open.remove(place)
             self._index.add(entry)
         self._counters.add("host_pages_written")
+        self._counters.add("host_bytes_written", self.page_bytes)
         return True
 
     def load(self, entry: Entry[int], sink: Sink) -> None:
         """See Catalog.load. RAM is checked too: a stray write must not become a wrong token."""
         view = self._view(entry.place)
-        self._check(entry, view, 0, len(self.layout.parts))
-        sink(view)
+        with self._reading:
+            self._check(entry, view, 0, len(self.layout.parts))
+            sink(view)
         self._counters.add("host_pages_read")
+        self._counters.add("host_bytes_read", self.page_bytes)
 
     def load_parts(self, entry: Entry[int], first: int, last: int, into: memoryview) -> None:
         """See Catalog.load_parts. The copy is what is checked."""
         offset, size = self._span(first, last, into)
-        copy(into, self._view(entry.place)[offset : offset + size])
-        self._check(entry, into, first, last)
+        with self._reading:
+            copy(into, self._view(entry.place)[offset : offset + size])
+            self._check(entry, into, first, last)
+        self._counters.add("host_bytes_read", size)
 
     def view(self, entry: Entry[int], part: int) -> memoryview:
         """A part of a pinned page where it lies, unchecked (see verify), until unpin(). Not to be written to."""

@@ -25,6 +25,7 @@ BASE_BYTES = 256 << 10
 _RECORD = struct.Struct("<32s32sIIQ")
 _SEGMENT = struct.Struct("<IQ")
 _U64 = struct.Struct("<Q")
+_WRITTEN = struct.Struct("<QQ")
 _U32 = struct.Struct(">I")  # keys of segments: big-endian sorts by number
 
 
@@ -37,6 +38,7 @@ class Changes:
     stamps: dict[bytes, int] = dataclasses.field(default_factory=dict)
     add_segments: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)  # number: (slots, slot bytes)
     drop_segments: list[int] = dataclasses.field(default_factory=list)
+    written: tuple[int, int] | None = None  # (day, bytes)
 
 
 @dataclasses.dataclass
@@ -45,6 +47,7 @@ class Contents:
 
     segments: dict[int, tuple[int, int]]
     entries: list[Entry[Place]]
+    written: tuple[int, int] = (0, 0)  # (day since 1970 in UTC, bytes written to segments on it)
 
 
 class IndexFile:
@@ -107,8 +110,12 @@ class IndexFile:
                 entry.stamp = max(entry.stamp, stamps.get(entry.page.key, 0))
                 entries.append(entry)
             segments = dict(_decode_segment(key, value) for key, value in txn.cursor(self._segments))
+            written = bytes(txn.get(b"written", b"", db=self._meta))
         entries.sort(key=lambda entry: entry.stamp)
-        return Contents(segments, entries), bad
+        contents = Contents(segments, entries)
+        if len(written) == _WRITTEN.size:
+            contents.written = _WRITTEN.unpack(written)
+        return contents, bad
 
     def apply(self, changes: Changes) -> None:
         """One durable transaction: all of it or nothing. The map is doubled when it is full."""
@@ -134,6 +141,8 @@ class IndexFile:
             txn.put(_U32.pack(number), _SEGMENT.pack(*shape), db=self._segments)
         for number in changes.drop_segments:
             txn.delete(_U32.pack(number), db=self._segments)
+        if changes.written is not None:
+            txn.put(b"written", _WRITTEN.pack(*changes.written), db=self._meta)
 
     def reserve(self, pages: int) -> None:
         """Allocates the file for `pages` records beforehand, so that a full disk can't stop a transaction."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import threading
+from collections.abc import Iterator
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; older kernels refuse it, which costs nothing
 
@@ -12,6 +14,26 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; older kernels refuse it, which costs no
 def aligned_buffer(size: int) -> memoryview:
     """`size` zero bytes at the start of a memory page, as O_DIRECT wants it. Committed by the kernel when touched."""
     return memoryview(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:size]
+
+
+class Staging:
+    """Aligned buffers of one size, lent out and used again. Thread-safe."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._spare: list[memoryview] = []
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[memoryview]:
+        """A buffer of `size` bytes; what is in it has no meaning."""
+        try:
+            buffer = self._spare.pop()
+        except IndexError:
+            buffer = aligned_buffer(self.size)
+        try:
+            yield buffer
+        finally:
+            self._spare.append(buffer)
 
 
 def prefault(view: memoryview) -> None:

@@ -7,6 +7,7 @@ referenced for as long as it runs, so their bytes belong to the job (fill) or do
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from .memory import copy
 from .rates import Rates
 
 READ_BATCH = 4  # pages a reader reports together: each report wakes the engine's thread
-BATCH_BYTES = 32 << 20  # pages that share one fdatasync and one commit
+BATCH_BYTES = 128 << 20  # pages that share one fdatasync and one commit
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -141,6 +142,7 @@ class Mover:
                     return
                 share = -(-len(self._reads) // self._readers)
                 jobs = [self._reads.popleft() for _ in range(min(READ_BATCH, share))]
+            self._read_neighbours(jobs)
             for job in jobs:
                 try:
                     if isinstance(job, ReadJob):
@@ -180,6 +182,17 @@ class Mover:
         host.store([(job.page, lambda into: tier.load(entry, lambda payload: copy(into, payload)))])
         brought = host.pin(job.page)
         return Held(host, brought) if brought else None
+
+    def _read_neighbours(self, jobs: Sequence[ReadJob | HoldJob]) -> None:
+        """Fills blocks with pages that lie on disk alone, several in one read. What fails is left to _read()."""
+        fills = [job for job in jobs if isinstance(job, ReadJob) and job.wanted]
+        fills = [job for job in fills if [tier for tier, _ in job.sources] == [self._disk]]
+        if self._disk is None or len(fills) < 2:
+            return
+        sinks = [functools.partial(self._write_block, job.block.number) for job in fills]
+        entries = [job.sources[0][1] for job in fills]
+        for job, error in zip(fills, self._disk.load_all(list(zip(entries, sinks, strict=True))), strict=True):
+            job.ok = error is None
 
     def _read(self, job: ReadJob) -> None:
         try:

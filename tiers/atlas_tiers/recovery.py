@@ -39,6 +39,7 @@ class Recovered:
     index: IndexFile
     segments: dict[int, Segment]
     entries: list[Entry[Place]]
+    written: tuple[int, int]  # (day, bytes), see Contents
     lost: int
     notes: list[str]
 
@@ -65,6 +66,7 @@ def recover(directory: Path) -> Recovered:
     """Opens index and segments and makes them agree, durably. Raises OSError; FormatNewer, having changed nothing."""
     notes: list[str] = []
     _leave_old_formats(directory, notes)
+    _make_private(directory)
     index, contents, bad = _open_index(directory, notes)
     if bad:
         notes.append(f"{bad} damaged index records dropped")
@@ -78,7 +80,15 @@ def recover(directory: Path) -> Recovered:
     _remove_strays(directory, segments)
     for name in (directory / "index", directory, directory.parent):  # LMDB syncs its file, not the file's name
         sync_directory(name)
-    return Recovered(index, segments, entries, len(lost) + bad, notes)
+    return Recovered(index, segments, entries, contents.written, len(lost) + bad, notes)
+
+
+def _make_private(directory: Path) -> None:
+    """Directories 0700, files 0600, whoever made them: copied or unpacked ones have other modes. Raises OSError."""
+    index = directory / "index"
+    for path in [directory / "lock", index, *index.glob("*.mdb"), *_segment_files(directory).values()]:
+        if path.exists() and not path.is_symlink():  # a link may lead to something that is not ours
+            path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def _leave_old_formats(directory: Path, notes: list[str]) -> None:
@@ -167,7 +177,6 @@ def _open_segments(directory: Path, contents: Contents) -> dict[int, Segment]:
         path = segment_path(directory, number)
         with contextlib.suppress(OSError):
             if read_shape(path) == shape:
-                path.chmod(0o600)
                 segments[number] = Segment(path, number, *shape)
     return segments
 

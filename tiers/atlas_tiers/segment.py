@@ -140,15 +140,15 @@ class Segment:
         return segment_bytes(self.slots, self.slot_bytes)
 
     def read(self, slot: int, into: memoryview, start: int = 0) -> int:
-        """Reads len(into) bytes of a slot from byte `start` on (all in whole sectors, aligned); returns the bytes it
-        got. Raises OSError."""
+        """Reads len(into) bytes from byte `start` of a slot on, of the next slots too (all in whole sectors, aligned);
+        returns the bytes it got. Raises OSError."""
         return os.preadv(self._fd, [into], self._offset(slot) + start)
 
-    def write(self, slot: int, data: memoryview) -> None:
-        """Writes from the slot's start. Durable after sync(). Raises OSError."""
+    def write(self, slot: int, data: memoryview, start: int = 0) -> None:
+        """Writes from byte `start` of the slot on, over the next slots too. Durable after sync(). Raises OSError."""
         done = 0
         while done < len(data):
-            done += os.pwritev(self._fd, [data[done:]], self._offset(slot) + done)
+            done += os.pwritev(self._fd, [data[done:]], self._offset(slot) + start + done)
 
     def sync(self) -> None:
         """Returns when all that was written is on the device. Raises OSError."""

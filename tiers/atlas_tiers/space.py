@@ -8,7 +8,7 @@ import enum
 import os
 from pathlib import Path
 
-from .indexfile import Changes, IndexFile, budget
+from .indexfile import IndexFile, budget
 from .segment import Place, Segment, create_segment, segment_bytes, sync_directory
 
 MIN_SLOTS = 8
@@ -21,7 +21,7 @@ class DiskConfig:
     path: Path
     cap_bytes: int
     free_floor_bytes: int = 1 << 30  # no new segment when the file system would have less than this left
-    segment_bytes: int = 64 << 20  # about; at least MIN_SLOTS slots, and small against the cap
+    segment_bytes: int = 128 << 20  # about; at least MIN_SLOTS slots, and small against the cap
     lock_wait_s: float = 5.0  # how long a predecessor may take to die
 
 
@@ -39,6 +39,7 @@ class Space:
         self._config, self._index, self._slot_bytes = config, index, slot_bytes
         self.segments = segments
         self.free: dict[int, set[int]] = {n: set(range(segment.slots)) for n, segment in segments.items()}
+        self.unrecorded: dict[int, tuple[int, int]] = {}  # (slots, slot bytes) of segments that wait for a commit
 
     @property
     def slots(self) -> int:
@@ -63,14 +64,15 @@ class Space:
         if place.segment in self.free:
             self.free[place.segment].add(place.slot)
 
-    def take(self) -> Place | None:
-        """A free slot of this layout's size, now used; None if there is none."""
+    def take(self, count: int) -> list[Place]:
+        """Up to `count` free slots of this layout's size, now used, in the order in which they lie."""
+        taken: list[Place] = []
         for number, free in self.free.items():
-            if free and self.segments[number].slot_bytes == self._slot_bytes:
-                slot = min(free)
-                free.remove(slot)
-                return Place(number, slot)
-        return None
+            if len(taken) < count and self.segments[number].slot_bytes == self._slot_bytes:
+                slots = sorted(free)[: count - len(taken)]
+                free.difference_update(slots)
+                taken += [Place(number, slot) for slot in slots]
+        return taken
 
     def misfit(self) -> Segment | None:
         """The oldest segment whose slots have another size: only whole can its room be used."""
@@ -99,20 +101,14 @@ class Space:
         return None if enough else Obstacle.FREE_SPACE
 
     def make_segment(self) -> Segment:
-        """Makes one more segment, durably; add() takes it in. Raises OSError, leaving nothing behind."""
+        """Makes one more segment file, durably; add() takes it in. Raises OSError, leaving nothing behind."""
         number = max(self.segments, default=0) + 1
         self._index.reserve(self.slots + self.new_slots)
-        segment = create_segment(self._config.path, number, self.new_slots, self._slot_bytes)
-        try:
-            self._index.apply(Changes(add_segments={number: (segment.slots, segment.slot_bytes)}))
-        except OSError:
-            segment.close()
-            segment.path.unlink(missing_ok=True)
-            raise
-        return segment
+        return create_segment(self._config.path, number, self.new_slots, self._slot_bytes)
 
     def add(self, segment: Segment) -> None:
-        """Takes in a new segment: all its slots are free."""
+        """Takes in a new segment: all its slots are free, its record goes with the first pages' commit."""
+        self.unrecorded[segment.number] = (segment.slots, segment.slot_bytes)
         self.segments[segment.number] = segment
         self.free[segment.number] = set(range(segment.slots))
 
@@ -120,6 +116,7 @@ class Space:
         """Deletes a segment's file. Only after its record and its pages' records were deleted durably."""
         del self.segments[segment.number]
         del self.free[segment.number]
+        self.unrecorded.pop(segment.number, None)
         segment.close()
         with contextlib.suppress(OSError):
             segment.path.unlink(missing_ok=True)
