@@ -9,7 +9,8 @@ from fractions import Fraction
 import pytest
 import torch
 from atlas_kernels import linear_torch
-from atlas_kernels.dispatch import KernelInputError, quantized_linear
+from atlas_kernels.dispatch import quantized_linear
+from atlas_kernels.errors import KernelInputError
 from atlas_kernels.reference import decode, dequantize
 from atlas_kernels.reference import linear as reference_linear
 from torch import Tensor

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from atlas_kernels import linear_torch
+from atlas_kernels.errors import KernelInputError
 from atlas_kernels.reference import PackedWeight
-
-
-class KernelInputError(ValueError):
-    """Tensors that do not fit together. The message says which."""
 
 
 def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
