@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -221,6 +221,10 @@ class SlowDisk(DiskTier):
     def load(self, entry: Entry[Place], sink: Sink) -> None:
         time.sleep(self.delay_s)
         super().load(entry, sink)
+
+    def load_all(self, wanted: Sequence[tuple[Entry[Place], Sink]]) -> list[Exception | None]:
+        time.sleep(self.delay_s * len(wanted))
+        return super().load_all(wanted)
 
 
 class SlowStore(TieredStore):

@@ -191,7 +191,9 @@ class Mover:
             return
         sinks = [functools.partial(self._write_block, job.block.number) for job in fills]
         entries = [job.sources[0][1] for job in fills]
-        for job, error in zip(fills, self._disk.load_all(list(zip(entries, sinks, strict=True))), strict=True):
+        with self._rates.restoring(self._disk.name, self._disk.page_bytes, len(fills)):
+            errors = self._disk.load_all(list(zip(entries, sinks, strict=True)))
+        for job, error in zip(fills, errors, strict=True):
             job.ok = error is None
 
     def _read(self, job: ReadJob) -> None:

@@ -49,17 +49,19 @@ class RestoreRate:
                 self._scale(STALE_PAGES / self._pages)
         self._active += 1
 
-    def end(self, now: float, size: int) -> None:
-        """A read of `size` bytes ends; 0: it failed. It is charged the time since the one before it ended."""
+    def end(self, now: float, size: int, pages: int) -> None:
+        """A read of `pages` pages of `size` bytes ends; 0: it failed. It is charged the time since the one before it
+        ended."""
         self._active -= 1
         seconds, self._since = now - self._since, now
-        if not size:
+        if not pages:
             return
+        size *= pages
         if known := self.seconds_per_byte:  # 0 too, if the clock stood still, is no bound
             seconds = min(seconds, OUTLIER * known * size)
-        self._scale(PAGE_DECAY)
-        self._seconds, self._bytes, self._pages = self._seconds + seconds, self._bytes + size, self._pages + 1
-        self._samples += 1
+        self._scale(PAGE_DECAY**pages)
+        self._seconds, self._bytes, self._pages = self._seconds + seconds, self._bytes + size, self._pages + pages
+        self._samples += pages
         self._last = now
 
     def stale(self, now: float) -> bool:
@@ -147,18 +149,18 @@ class Rates:
         self.prefill = PrefillRate()
 
     @contextlib.contextmanager
-    def restoring(self, tier: str, size: int) -> Iterator[None]:
-        """Measures one read of `size` bytes. One that raises counts for nothing."""
+    def restoring(self, tier: str, size: int, pages: int = 1) -> Iterator[None]:
+        """Measures one read of `pages` pages of `size` bytes. One that raises counts for nothing."""
         with self._lock:
             rate = self._tiers.setdefault(tier, RestoreRate())
             rate.begin(self._clock())
         done = 0
         try:
             yield
-            done = size
+            done = pages
         finally:
             with self._lock:
-                rate.end(self._clock(), done)
+                rate.end(self._clock(), size, done)
 
     def restore_s(self, tier: str, size: int) -> float | None:
         """Seconds to bring `size` bytes from a tier. None: not known yet."""
