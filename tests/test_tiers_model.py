@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from atlas_tiers.base import OutOfBlocks, Ticket
+from atlas_tiers.errors import PageDamaged
 from atlas_tiers.sequence import Sequence
 from atlas_tiers.store import TieredStore
 from tiers_support import PATIENCE_S, assert_content, disk_config, some_tokens, store, until_ready, write
@@ -26,6 +27,7 @@ class World:
         self.running: list[tuple[Sequence, str, list[int], int]] = []
         self.tickets: list[Ticket] = []
         self.restored = 0
+        self.harmed = False
         self.tiered = self.start()
 
     def start(self) -> TieredStore:
@@ -54,7 +56,13 @@ class World:
             return
         until_ready(self.tiered, sequence)
         self.restored += sequence.restored if not steps else 0
-        assert_content(self.tiered, sequence, tokens, owner)
+        try:
+            assert_content(self.tiered, sequence, tokens, owner)
+        except PageDamaged:  # one that is away: who reads it begins again
+            assert self.harmed
+            sequence.release()
+            del self.running[place]
+            return
         if sequence.length < len(tokens):
             try:
                 write(self.tiered, sequence, tokens[: sequence.length + self.rng.randrange(1, 100)], owner)
@@ -85,6 +93,7 @@ class World:
         if not files:
             return
         file = self.rng.choice(files)
+        self.harmed = True
         with file.open("r+b") as handle:
             handle.seek(self.rng.randrange(4096, file.stat().st_size - 8))
             handle.write(self.rng.randbytes(8))
@@ -94,7 +103,7 @@ class World:
 def idle(tiered: TieredStore) -> None:
     """Every read and write that was asked for is done."""
     deadline = time.monotonic() + PATIENCE_S
-    while tiered._fills or tiered._queued:
+    while tiered.writing:
         assert time.monotonic() < deadline
         tiered.wait(0.05)
         tiered.poll()

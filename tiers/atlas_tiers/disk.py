@@ -316,10 +316,11 @@ class DiskTier(Catalog[Place]):
         return self._remove(entries, erase=True) if erase else self._forget(entries)
 
     def _forget(self, entries: list[Entry[Place]]) -> int:
-        before = sum(not entry.gone for entry in entries)
-        with contextlib.suppress(OSError):  # the records go with the next commit
-            self._remove(entries)
-        return before
+        with self._io:  # several readers may find one page damaged: it is dropped, and counted, once
+            before = sum(not entry.gone for entry in entries)
+            with contextlib.suppress(OSError):  # the records go with the next commit
+                self._remove(entries)
+            return before
 
     def _remove(self, entries: list[Entry[Place]], *, erase: bool = False) -> int:
         with self._io:
