@@ -50,7 +50,8 @@ def state_line(state: State, engine: Supervisor) -> str:
 
 def status(broker: Broker) -> StatusReply:
     """The answer to STATUS."""
-    engine, turns, beat = broker.engine, broker.turns, broker.engine.pulse.beat
+    engine, turns = broker.engine, broker.turns
+    beat = engine.pulse.beat if engine.pid else None  # the memory of an engine that is gone is gone too
     return StatusReply(
         version=__version__, pid=os.getpid(), boot=broker.boot, uptime_s=time.monotonic() - broker.started,
         socket=broker.config.socket, state_dir=broker.config.state_dir, rss_bytes=rss_bytes(),
