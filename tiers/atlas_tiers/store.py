@@ -386,8 +386,9 @@ class TieredStore:
         there. Raises OSError if they could not be overwritten."""
         self._mover.drain_writes()
         self.poll()
+        related = self._related(tokens, owner)
         kept = {page.key for page in self._related(tokens[:keep], owner)}
-        free = [page for page in self._related(tokens, owner) if page.key not in kept and self._unused(page)]
+        free = [page for page in related if page.key not in kept and self._unused(page)]
         keys = [page.key for page in free]
         erased = {key for key in keys if self._device.drop(key, erase=True)}
         if self._host is not None:
@@ -395,6 +396,7 @@ class TieredStore:
         if self._disk is not None:
             erased |= {key for key in keys if self._disk.find(key)}
             self._disk.drop_all(keys, erase=True)
+            self._disk.scrub(related)
         return len(erased)
 
     def _unused(self, page: PageId) -> bool:
