@@ -43,7 +43,8 @@ def test_help_loads_nothing_heavy() -> None:
     assert "click" in loaded
     assert not loaded & {*HEAVY, "zmq", "msgspec", "rich"}
     every = "\n".join(
-        run.format(f"{[command, '--help']}") for command in ("generate", "chat", "session", "doctor", "up", "status", "top")
+        run.format(f"{[command, '--help']}")
+        for command in ("generate", "chat", "session", "doctor", "up", "status", "top")
     )
     assert not _modules(every) & {*HEAVY, "zmq", "msgspec", "rich"}
 

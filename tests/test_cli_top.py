@@ -43,11 +43,12 @@ SESSIONS = [
 
 
 def status(**given: Any) -> StatusReply:
-    values: dict[str, Any] = dict(
-        version="0.1.0", pid=7, boot="b", uptime_s=3700.0, socket="/s", state_dir="/d", rss_bytes=30 * MIB, sessions=32,
-        queued=1, running=2, engine_state="ready", engine_pid=8, engine_rss_bytes=400 * MIB, tiers=TIERS,
-        model=ModelInfo("demo", "ready", device="cpu"), counters=COUNTERS, counters_at=3699.0, warnings=["odd \x1b[2J"],
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "version": "0.1.0", "pid": 7, "boot": "b", "uptime_s": 3700.0, "socket": "/s", "state_dir": "/d",
+        "rss_bytes": 30 * MIB, "sessions": 32, "queued": 1, "running": 2, "engine_state": "ready", "engine_pid": 8,
+        "engine_rss_bytes": 400 * MIB, "tiers": TIERS, "model": ModelInfo("demo", "ready", device="cpu"),
+        "counters": COUNTERS, "counters_at": 3699.0, "warnings": ["odd \x1b[2J"],
+    }  # fmt: skip
     return StatusReply(**(values | given))
 
 
@@ -172,7 +173,7 @@ def test_one_frame_of_a_daemon_at_work(shared_daemon: Daemon) -> None:
 
     def work() -> None:
         with Client(socket) as client:
-            client.session("cli busy").generate("import os\n", max_tokens=500, ignore_eos=True).result
+            assert client.session("cli busy").generate("import os\n", max_tokens=500, ignore_eos=True).text
 
     worker = threading.Thread(target=work)
     worker.start()
@@ -209,9 +210,8 @@ def test_the_live_view_ends_cleanly(root: Path, scripted: ScriptedBroker, key: s
     else:
         terminal.type(key)
     terminal.wait(re.escape("\x1b[?1049l"))
-    after = termios.tcgetattr(terminal._fd)
     assert terminal.end() == 0
-    assert after[3] == before[3]
+    assert termios.tcgetattr(terminal._fd)[3] == before[3]
 
 
 def test_the_live_view_outlives_the_daemon(root: Path) -> None:

@@ -40,7 +40,7 @@ def payload_probes(content: bytes, secret: set[bytes]) -> set[bytes]:
         at = content.find(window)
         while at >= 0:
             payload = (at // 4096 + 1) * 4096
-            pieces = (content[p : p + PROBE] for p in range(payload, payload + 300_000, 30_000))
+            pieces = (content[p : p + PROBE] for p in range(payload, payload + 300_000, 10_000))
             probes |= {piece for piece in pieces if len(set(piece)) > PROBE // 4}
             at = content.find(window, at + 1)
     return probes

@@ -387,7 +387,7 @@ class TieredStore:
         self._mover.drain_writes()
         self.poll()
         related = self._related(tokens, owner)
-        kept = {page.key for page in self._related(tokens[:keep], owner)}
+        kept = {page.key for page in self._related(tokens[:keep], owner)} | self._held_keys()
         free = [page for page in related if page.key not in kept and self._unused(page)]
         keys = [page.key for page in free]
         erased = {key for key in keys if self._device.drop(key, erase=True)}
@@ -398,6 +398,11 @@ class TieredStore:
             self._disk.drop_all(keys, erase=True)
             self._disk.scrub(related)
         return len(erased)
+
+    def _held_keys(self) -> set[bytes]:
+        """Pages of running sequences that lie in lower tiers: erasing one would wait for this very thread."""
+        held = {page.entry.page.key for sequence in self._room.running for page in sequence.away.values()}
+        return held | {job.page.key for job in self._holds}
 
     def _unused(self, page: PageId) -> bool:
         block = self.pool.find(page)
@@ -415,11 +420,10 @@ class TieredStore:
 
     # --- accounts ----------------------------------------------------------------------------------
 
-<<<<<<< HEAD
     @property
     def _all(self) -> list[PageTier]:
         return [self._device, *(tier for tier in (self._host, self._disk) if tier is not None)]
-=======
+
     def locate(self, tokens: Tokens[int], owner: str) -> dict[str, int]:
         """How many of `tokens` have their K/V in which tier; see KVStore.locate."""
         growing = [sequence.tail for sequence in self._room.running if sequence.ready]
@@ -427,7 +431,6 @@ class TieredStore:
             self._chain(tokens, owner), self.pool, lambda number: number not in self._fills,
             [tail for tail in growing if tail is not None], self._tiers,
         )  # fmt: skip
->>>>>>> fdbcec1 (Where a session's tokens lie: store, engine, broker and protocol; purge spares what other sessions share)
 
     def stats(self) -> list[TierStats]:
         """Each tier's pages and bytes, fastest first."""
