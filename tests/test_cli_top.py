@@ -101,8 +101,12 @@ def test_a_frame_shows_tiers_rates_and_sessions_running_ones_first() -> None:
     shown = drawn(View(status(), rates, SESSIONS), 80, 24)
     text = "\n".join(shown)
     assert "prefill 2,500  decode 61.5 tokens/s" in text
-    assert re.search(r"device █{10}░{10}  64.0 MiB/128.0 MiB  found  60 %", text)
-    assert re.search(r"disk +█{20} +999.0 MiB/1000.0 MiB +found +20 % +r 2.9 MiB/s w -", text)
+    assert re.search(r"device ████░░░░  64.0 MiB/128.0 MiB  found  60 %", text)
+    assert re.search(r"disk +█{8} +999.0 MiB/1000.0 MiB +found +20 % +r 2.9 MiB/s w -", text)
+    wide = "\n".join(drawn(View(status(), rates, SESSIONS), 100, 24))
+    assert re.search(r"device █{10}░{10} ", wide)
+    fast = {name: 1023.94 * 1024 for name in rates}
+    assert "r 1023.9 KiB/s w 1023.9 KiB/s" in "\n".join(drawn(View(status(), fast, []), 80, 24))
     assert "missed 10 % of prefix pages, written to disk today 300.0 MiB" in text
     assert "2 pages on disk were damaged" in text
     head = next(i for i, line in enumerate(shown) if line.startswith("SESSION"))

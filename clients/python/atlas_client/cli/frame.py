@@ -78,7 +78,7 @@ def _per_s(rate: float | None) -> str:
 
 def _tier(tier: TierUsage, found: StatusReply, rates: Mapping[str, float | None], width: int, ascii_only: bool) -> Text:
     """Name, bar, use and limit; then the share found there and the speeds, as far as there is room."""
-    cells = max(4, min(BAR, width - 58))
+    cells = max(4, min(BAR, width - 72))
     share = figures.usage(tier)
     full = round(share * cells) or (1 if tier.bytes_used else 0)
     done, rest = ("#", ".") if ascii_only else ("█", "░")
