@@ -17,6 +17,7 @@ from conftest import Daemon
 from tiers_support import LAYOUT, assert_content, opened, some_tokens, store, turn, values, write
 
 WINDOW = 12  # tokens that tell a session by themselves
+LAYER = 65_536  # bytes of a page of the bundled model
 PROBE = 64  # bytes of a payload, likewise
 FIRST = "def read_settings(path, default):\n    with open(path) as file:\n        return parse(file, default)\n\n\n"
 SECRET = "class Salary:\n    amount = 918273\n    person = 'Ada'\n\n    def raise_by(self, percent):\n        pass\n"
@@ -34,13 +35,14 @@ def windows(ids: list[int], start: int) -> set[bytes]:
 
 def payload_probes(content: bytes, secret: set[bytes]) -> set[bytes]:
     """Pieces of the payloads of the slots whose header has one of these runs of ids. The payload begins at the sector
-    after the header; pieces that are a value repeated tell nothing and are left out."""
+    after the header; layers from the third on, since the first one's V follows from the token alone, in any session.
+    Pieces that are a value repeated tell nothing and are left out."""
     probes = set()
     for window in sorted(secret)[::4]:
         at = content.find(window)
         while at >= 0:
             payload = (at // 4096 + 1) * 4096
-            pieces = (content[p : p + PROBE] for p in range(payload, payload + 300_000, 10_000))
+            pieces = (content[p : p + PROBE] for p in range(payload + 2 * LAYER, payload + 6 * LAYER, 9_000))
             probes |= {piece for piece in pieces if len(set(piece)) > PROBE // 4}
             at = content.find(window, at + 1)
     return probes
@@ -74,7 +76,7 @@ def test_after_a_purge_no_slot_holds_the_session_and_its_fork_goes_on(root: Path
             content = segments(daemon.state)
             secret = windows(ids, shared) - windows(kept, 0)
             unshared = -(-shared // BLOCK_TOKENS) * BLOCK_TOKENS  # where the first page begins that has nothing shared
-            probes = payload_probes(content, windows(ids, unshared) - windows(kept, 0))
+            probes = payload_probes(content, windows(ids, unshared) - windows(kept, 0) - windows(ids[:unshared], 0))
             assert len(probes) > 20
             assert present(content, secret) > len(secret) // 2
             before = fork.show(where=True).info.where
