@@ -105,7 +105,7 @@ def test_a_frame_shows_tiers_rates_and_sessions_running_ones_first() -> None:
     assert re.search(r"disk +█{8} +999.0 MiB/1000.0 MiB +found +20 % +r 2.9 MiB/s w -", text)
     wide = "\n".join(drawn(View(status(), rates, SESSIONS), 100, 24))
     assert re.search(r"device █{10}░{10} ", wide)
-    fast = {name: 1023.94 * 1024 for name in rates}
+    fast = dict.fromkeys(rates, 1023.94 * 1024)
     assert "r 1023.9 KiB/s w 1023.9 KiB/s" in "\n".join(drawn(View(status(), fast, []), 80, 24))
     assert "missed 10 % of prefix pages, written to disk today 300.0 MiB" in text
     assert "2 pages on disk were damaged" in text
