@@ -47,11 +47,11 @@ def _environment(socket: Path, home: Path | None) -> dict[str, str]:
 class Terminal:
     """`atlasctl` at a terminal: type keys, wait for what appears."""
 
-    def __init__(self, *arguments: str, socket: Path) -> None:
+    def __init__(self, *arguments: str, socket: Path, environment: dict[str, str] | None = None) -> None:
         self.seen = b""
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            os.execvpe(ATLASCTL[0], [*ATLASCTL, *arguments], _environment(socket, None))
+            os.execvpe(ATLASCTL[0], [*ATLASCTL, *arguments], _environment(socket, None) | (environment or {}))
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())

@@ -19,7 +19,7 @@ COMMANDS = [
     ("session", "fork", "a", "b"), ("session", "truncate", "a", "--turns", "1"), ("session", "show", "a"),
     ("session", "rename", "a", "b"), ("session", "checkpoint", "a"), ("session", "export", "a", "-o", "f"),
     ("session", "import", "a", "-"), ("session", "delete", "a"), ("model", "list"), ("model", "load", "demo"),
-    ("model", "unload"), ("status",),
+    ("model", "unload"), ("status",), ("top",),
 ]  # fmt: skip
 
 
@@ -43,7 +43,8 @@ def test_help_loads_nothing_heavy() -> None:
     assert "click" in loaded
     assert not loaded & {*HEAVY, "zmq", "msgspec", "rich"}
     every = "\n".join(
-        run.format(f"{[command, '--help']}") for command in ("generate", "chat", "session", "doctor", "up")
+        run.format(f"{[command, '--help']}")
+        for command in ("generate", "chat", "session", "doctor", "up", "status", "top")
     )
     assert not _modules(every) & {*HEAVY, "zmq", "msgspec", "rich"}
 

@@ -18,6 +18,7 @@ from atlas_client.protocol import (
     SessionExport,
     SessionFork,
     SessionImport,
+    SessionInfo,
     SessionList,
     SessionOpen,
     SessionRename,
@@ -30,6 +31,7 @@ from atlas_client.protocol import (
 from ..engine.messages import Persist, Persisted
 from . import archive
 from .calls import Call
+from .census import MOST_SESSIONS, Census, Where
 from .log import Log
 from .outbox import Outbox
 from .sessions import SessionRecord, Sessions, check_name, invalid
@@ -48,6 +50,7 @@ class Desk:
         self.turns = turns
         self.engine = engine
         self.max_bytes = max_bytes
+        self.census = Census(engine)
         self._waiting: dict[str, tuple[Call, Callable[[Persisted], None]]] = {}  # PERSIST sent, by its id
         self._ids = itertools.count(1)
 
@@ -55,19 +58,45 @@ class Desk:
 
     def list(self, call: Call) -> None:
         """SESSION.LIST."""
-        self._run(call, lambda book: (SessionsReply([self._info(r) for r in book.owned(call.owner)]), ()))
+        asked: SessionList = call.request
+
+        def work(book: Sessions) -> tuple[list[SessionInfo], list[bytes]]:
+            records = sorted(book.owned(call.owner), key=lambda record: not self._busy(record))
+            records = records[: asked.limit or len(records)]
+            located = records[:MOST_SESSIONS] if asked.where else []
+            return [self._info(record) for record in records], [self.census.tokens(book, r) for r in located]
+
+        def place(infos: list[SessionInfo], tokens: list[bytes]) -> None:
+            def placed(found: list[Where]) -> None:
+                for info, where in zip(infos, found, strict=False):
+                    info.where = where
+                self.outbox.end(call.stream, SessionsReply(infos))
+
+            self.census.ask(call.owner, tokens, placed)
+
+        self._then(call, work, place)
 
     def show(self, call: Call) -> None:
         """SESSION.SHOW."""
         asked: SessionShow = call.request
 
-        def work(book: Sessions) -> Answer:
+        def work(book: Sessions) -> tuple[SessionDetail, Sequence[bytes]]:
             record = book.get(call.owner, asked.session)
             turns = book.turns(record)
             detail = SessionDetail(self._info(record), [turn.info(i, asked.text) for i, turn in enumerate(turns)])
             return self._fitting(detail, b"".join(turn.prompt_ids + turn.generated_ids for turn in turns))
 
-        self._run(call, work)
+        def place(detail: SessionDetail, raw: Sequence[bytes]) -> None:
+            def placed(found: list[Where]) -> None:
+                detail.info.where = found[0]
+                self.outbox.end(call.stream, detail, raw)
+
+            self.census.ask(call.owner, raw, placed)
+
+        if asked.where:
+            self._then(call, work, place)
+        else:
+            self._run(call, work)
 
     def export(self, call: Call) -> None:
         """SESSION.EXPORT."""
@@ -169,12 +198,28 @@ class Desk:
         error = Error.of(ErrorReply(ErrorCode.ENGINE_DIED, reason))
         for rid in list(self._waiting):
             self.persisted(Persisted(rid, 0, error))
+        self.census.give_up()
 
     # --- parts -------------------------------------------------------------------------------------------
+
+    def _then(self, call: Call, work: Callable[[Sessions], Any], then: Callable[..., None]) -> None:
+        """Work for the log's thread whose result `then` takes, in the broker's loop."""
+
+        def report(result: Any, error: ErrorReply | None) -> None:
+            if error is not None:
+                self.outbox.end(call.stream, Error.of(error))
+            else:
+                then(*result)
+
+        self.log.submit(work, report)
 
     def _persist(
         self, call: Call, name: str, purge: bool, then: Callable[[Persisted], None], lock: tuple[str, str] | None
     ) -> None:
+        def work(book: Sessions) -> tuple[bytes, int]:
+            record = book.get(call.owner, name)
+            return book.tokens(record), book.shared(record) if purge else 0
+
         def read(result: Any, error: ErrorReply | None) -> None:
             if error is None and not self.engine.ready:
                 error = ErrorReply(ErrorCode.ENGINE_DIED, "the engine has stopped")
@@ -183,9 +228,10 @@ class Desk:
                 return
             rid = f"persist/{next(self._ids)}"
             self._waiting[rid] = (call, then)
-            self.engine.send(Persist(rid, call.owner, purge), result)
+            tokens, shared = result
+            self.engine.send(Persist(rid, call.owner, purge, shared), tokens)
 
-        self.log.submit(lambda book: book.tokens(book.get(call.owner, name)), read)
+        self.log.submit(work, read)
 
     def _locked(self, call: Call, name: str, work: Callable[[Sessions], Answer]) -> None:
         self._run(call, work, self._lock(call, name))
@@ -208,8 +254,11 @@ class Desk:
 
         self.log.submit(work, report)
 
-    def _info(self, record: SessionRecord) -> Any:
-        return record.info((record.owner, record.name) in self.turns.locks)
+    def _info(self, record: SessionRecord) -> SessionInfo:
+        return record.info(self._busy(record))
+
+    def _busy(self, record: SessionRecord) -> bool:
+        return (record.owner, record.name) in self.turns.locks
 
     def _reply(self, record: SessionRecord) -> Answer:
         return SessionReply(record.info()), ()

@@ -50,7 +50,8 @@ def state_line(state: State, engine: Supervisor) -> str:
 
 def status(broker: Broker) -> StatusReply:
     """The answer to STATUS."""
-    engine, turns, beat = broker.engine, broker.turns, broker.engine.pulse.beat
+    engine, turns = broker.engine, broker.turns
+    beat = engine.pulse.beat if engine.pid else None  # the memory of an engine that is gone is gone too
     return StatusReply(
         version=__version__, pid=os.getpid(), boot=broker.boot, uptime_s=time.monotonic() - broker.started,
         socket=broker.config.socket, state_dir=broker.config.state_dir, rss_bytes=rss_bytes(),
@@ -58,5 +59,5 @@ def status(broker: Broker) -> StatusReply:
         engine_state=engine.state.state, engine_pid=engine.pid, engine_restarts=engine.restarts,
         engine_rss_bytes=rss_bytes(engine.pid) if engine.pid else 0, engine_error=engine.error,
         model=broker.models.current(), tiers=beat.tiers if beat else [], counters=beat.counters if beat else {},
-        warnings=beat.warnings if beat else [],
+        counters_at=engine.pulse.beat_at - broker.started if beat else 0.0, warnings=beat.warnings if beat else [],
     )  # fmt: skip

@@ -43,7 +43,7 @@ from atlas_client.protocol import (
 
 from .. import __version__
 from ..config import Config
-from ..engine.messages import Persisted, State
+from ..engine.messages import Located, Persisted, State
 from . import report
 from .calls import Call
 from .desk import Desk, handlers
@@ -169,7 +169,7 @@ class Broker:
 
     def _wait_s(self) -> float:
         now = time.monotonic()
-        wait = min(self.engine.wait_s(now), self.turns.next_deadline() - now)
+        wait = min(self.engine.wait_s(now), self.turns.next_deadline() - now, self.desk.census.due() - now)
         if self.outbox.stalled:
             wait = min(wait, RETRY_S)
         if self.notifier.interval:
@@ -181,6 +181,7 @@ class Broker:
         self.turns.tick(now)
         self.engine.tick(now)
         self.models.tick()
+        self.desk.census.give_up(now)
         self.outbox.table.expire(now)
         self.notifier.feed(now)
 
@@ -301,6 +302,8 @@ class Broker:
     def _from_engine(self, message: Any, raw: Sequence[bytes]) -> None:
         if isinstance(message, Persisted):
             self.desk.persisted(message)
+        elif isinstance(message, Located):
+            self.desk.census.located(message)
         else:
             self.turns.take(message, raw)
 

@@ -19,6 +19,7 @@ A `Sessions` object works on one LMDB transaction, which the log's thread commit
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import unicodedata
@@ -198,6 +199,25 @@ class Sessions:
     def tokens(self, record: SessionRecord) -> bytes:
         """All token ids."""
         return b"".join(turn.prompt_ids + turn.generated_ids for turn in self.turns(record))
+
+    def shared(self, record: SessionRecord) -> int:
+        """How many tokens from its start on other sessions of its owner have too, at most."""
+        own = self.tokens(record)
+        others = [other for other in self.owned(record.owner) if other.id != record.id]
+        return max((self._common(own, other) for other in others), default=0) // 4
+
+    def _common(self, own: bytes, other: SessionRecord) -> int:
+        """Bytes of token ids from the start on that a session has in common with `own`; reads no further."""
+        length = 0
+        for _, value in self._scan("turns", other.id.encode()):
+            turn = _turn.decode(_open(value, f"a turn of {other.name!r}"))
+            ids = turn.prompt_ids + turn.generated_ids
+            if not own.startswith(ids, length):
+                mine = unpack(own[length : length + len(ids)])
+                pairs = zip(mine, unpack(ids), strict=False)
+                return length + 4 * sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            length += len(ids)
+        return length
 
     def answered(self, owner: str, rid: str) -> tuple[SessionRecord, TurnRecord] | None:
         """The turn that answered a request before, if there is one."""

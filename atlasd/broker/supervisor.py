@@ -69,7 +69,7 @@ class Pulse:
     def __init__(self, now: float, heartbeat: float) -> None:
         self.heartbeat = heartbeat
         self.beat: Beat | None = None
-        self._beat_at = now
+        self.beat_at = now
         self._step_at = now
 
     def take(self, beat: Beat, now: float) -> None:
@@ -77,13 +77,13 @@ class Pulse:
         if self.beat is None or beat.steps != self.beat.steps or not beat.running:
             self._step_at = now
         self.beat = beat
-        self._beat_at = now
+        self.beat_at = now
 
     def problem(self, now: float) -> str:
         """What is wrong, or nothing."""
         limit = self.heartbeat if self.beat else max(self.heartbeat, FIRST_SIGN_S)
-        if now - self._beat_at > limit:
-            return f"no heartbeat for {now - self._beat_at:.0f} s"
+        if now - self.beat_at > limit:
+            return f"no heartbeat for {now - self.beat_at:.0f} s"
         if now - self._step_at > STUCK_FACTOR * self.heartbeat and self.beat and self.beat.running:
             return f"no step for {now - self._step_at:.0f} s while {self.beat.running} requests run"
         return ""

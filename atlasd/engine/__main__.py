@@ -49,7 +49,7 @@ class Pulse:
             running=len(worker.scheduler.running),
             waiting=len(worker.scheduler.waiting),
             tiers=worker.tiers(),
-            counters=worker.store.counters(),
+            counters=worker.store.counters() | worker.tokens,
             warnings=worker.store.warnings,
         )
 

@@ -1,6 +1,6 @@
 """The contract between broker and engine: two ZeroMQ PAIR sockets in the broker's private directory.
 
-Work socket: SUBMIT, PERSIST, PURGE, SHUTDOWN down; STATE, STARTED, RELAY, FINISHED, FAILED, PERSISTED up.
+Work socket: SUBMIT, PERSIST, LOCATE, SHUTDOWN down; STATE, STARTED, RELAY, FINISHED, FAILED, PERSISTED, LOCATED up.
 Control socket: CANCEL down (read between two forward passes), BEAT up (from a thread of its own, once a second).
 
 Frames: [message as msgpack] [raw]*. Neither torch nor zmq is imported here.
@@ -48,6 +48,16 @@ class Persist(msgspec.Struct, tag="persist"):
     rid: str
     owner: str
     purge: bool = False  # erase its pages from every tier instead
+    keep: int = 0  # with purge: pages that end within that many tokens stay, other sessions share them
+
+
+class Locate(msgspec.Struct, tag="locate"):
+    """Asks where the K/V of sessions lies. Raw frame 0: their token ids, one session after the other; `counts` says how
+    many each has. Answer: LOCATED."""
+
+    rid: str
+    owner: str
+    counts: list[int]
 
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
@@ -58,7 +68,7 @@ class Cancel(msgspec.Struct, tag="cancel"):
     rid: str
 
 
-ToEngine = Submit | Persist | Shutdown
+ToEngine = Submit | Persist | Locate | Shutdown
 
 
 # --- engine to broker -------------------------------------------------------------------------------
@@ -118,6 +128,13 @@ class Persisted(msgspec.Struct, tag="persisted"):
     error: Error | None = None
 
 
+class Located(msgspec.Struct, tag="located"):
+    """For each session of the LOCATE its tokens by tier: device, host, disk, nowhere."""
+
+    rid: str
+    where: list[dict[str, int]]
+
+
 class Beat(msgspec.Struct, tag="beat", kw_only=True):
     """Control socket, once a second, also while a long forward pass runs."""
 
@@ -129,5 +146,5 @@ class Beat(msgspec.Struct, tag="beat", kw_only=True):
     warnings: list[str] = []
 
 
-FromEngine = State | Started | Relay | Finished | Failed | Persisted
+FromEngine = State | Started | Relay | Finished | Failed | Persisted | Located
 FromEngineControl = Beat

@@ -17,9 +17,10 @@ from atlas_tiers.errors import PageDamaged
 
 from atlasd.config import Config
 
+from .census import Census
 from .forward import Forward, Piece
 from .link import Link, encode
-from .messages import Failed, Finished, Persist, Persisted, Relay, Shutdown, Started, Submit
+from .messages import Failed, Finished, Locate, Persist, Persisted, Relay, Shutdown, Started, Submit
 from .model import LoadedModel
 from .request import Request, State
 from .sampling import Sampler
@@ -58,6 +59,8 @@ class Worker:
         self.kv_tokens = store.capacity
         self._settling: list[Request] = []  # finished, their pages being written
         self._persists: list[_Ticketed] = []
+        self.census = Census(store, link.send)
+        self.tokens = {"tokens_prefilled": 0, "tokens_generated": 0}  # computed since the start, for status
 
     # --- the loop -----------------------------------------------------------------------------------
 
@@ -75,6 +78,7 @@ class Worker:
         self.store.poll()
         self.scheduler.admit(self.begin)
         self.settle()
+        self.census.step()
         if parts := self.scheduler.plan():
             self.compute(parts)
 
@@ -83,7 +87,7 @@ class Worker:
         if busy:
             self.store.wait(BUSY_WAIT_S)
             return 0.0
-        return IDLE_WAIT_S
+        return 0.0 if self.census.busy else IDLE_WAIT_S
 
     # --- messages in ----------------------------------------------------------------------------------
 
@@ -97,6 +101,8 @@ class Worker:
                     self.submit(message, _ids(raw[0]))
                 case Persist():
                     self.persist(message, _ids(raw[0]))
+                case Locate():
+                    self.census.add(message, raw[0])
                 case Shutdown():
                     self.stopping = True
         for rid in cancelled:
@@ -155,7 +161,7 @@ class Worker:
             self._persists.append(_Ticketed(message.rid, self.store.persist(tokens, message.owner)))
             return
         try:
-            self.link.send(Persisted(message.rid, self.store.purge(tokens, message.owner)))
+            self.link.send(Persisted(message.rid, self.store.purge(tokens, message.owner, keep=message.keep)))
         except OSError as error:
             reply = ErrorReply(ErrorCode.INTERNAL, f"KV pages could not be erased: {error}", "delete the KV directory")
             self.link.send(Persisted(message.rid, 0, Error.of(reply)))
@@ -253,6 +259,7 @@ class Worker:
         for part in parts:
             kv = part.request.kv
             assert kv is not None
+            self.tokens["tokens_prefilled"] += 0 if part.request.decoding else part.count
             kv.commit(part.request.tokens[kv.length : kv.length + part.count])
             if part.sample:
                 self._next(part.request, next(rows))
@@ -322,6 +329,7 @@ class Worker:
             self._finish(request, "eos", "")
             return
         request.tokens.append(token)
+        self.tokens["tokens_generated"] += 1
         text = request.decoder.feed(token)
         if request.decoder.stopped:
             self._finish(request, "stop", text, token, logprob)

@@ -21,6 +21,10 @@ from atlas_client.errors import ErrorCode, ErrorReply
 FILE = Path(__file__).with_name("v1.json")
 RID = "5f0c2a6e9b1d4c3f8a7e6d5c4b3a2910"
 INFO = p.SessionInfo("tale", "s-01", 130, 2, 1750000000.0, 1750000600.5, model="demo", parent="s-00", forked_at=64)
+LOCATED = p.SessionInfo(
+    "tale", "s-01", 130, 2, 1750000000.0, 1750000600.5,
+    where={"device": 64, "host": 0, "disk": 65, "nowhere": 1},
+)  # fmt: skip
 MODEL = p.ModelInfo(
     "demo", "ready", path="/srv/demo", architecture="LlamaForCausalLM", fingerprint="9f86d081884c7d65",
     quantization="e2m5", layers_quantized=42, layers_kept=1, weight_bytes=12_345_678, kv_bytes_per_token=6144,
@@ -35,6 +39,7 @@ SAMPLING = p.Sampling(
 )  # fmt: skip
 CHAT = [p.ChatMessage("system", "Be brief."), p.ChatMessage("user", "Grüße an 東京 🚀")]
 TURN = p.TurnInfo(0, RID, 0, 60, 5, "eos", 1750000000.0, prompt="Once upon", text=" a time")
+FIRST_CAPABILITIES = ["generate", "sessions", "attach", "models", "credit"]
 TIER = p.TierUsage("disk", 1000, 900, 0, 100, 393216, 39321600, 21474836480)
 TOKEN_IDS = b"\x01\x00\x00\x00\x02\x00\x00\x00\xff\xff\x00\x00"  # 1, 2, 65535
 
@@ -57,7 +62,9 @@ REQUESTS: dict[str, tuple[Any, list[bytes]]] = {
     "session.rename": (p.SessionRename("tale", "märchen"), []),
     "session.checkpoint": (p.SessionCheckpoint("tale"), []),
     "session.list": (p.SessionList(), []),
+    "session.list, with places": (p.SessionList(where=True, limit=32), []),
     "session.show": (p.SessionShow("tale", text=True), []),
+    "session.show, with places": (p.SessionShow("tale", where=True), []),
     "session.export": (p.SessionExport("tale"), []),
     "session.import": (p.SessionImport("copy"), [b"\x00archive\xff"]),
     "session.delete": (p.SessionDelete("tale", purge=True), []),
@@ -73,7 +80,7 @@ CONTROL: dict[str, tuple[Any, list[bytes]]] = {
 }
 CONTROL_REPLIES: dict[str, tuple[Any, list[bytes]]] = {"pong": (p.Pong("b-7", known=True), [])}
 REPLIES: dict[str, tuple[Any, list[bytes]]] = {
-    "welcome": (p.Welcome(1, "atlasd/0.1.0", "b-7", list(p.CAPABILITIES), 1000, 32 * 2**20), []),
+    "welcome": (p.Welcome(1, "atlasd/0.1.0", "b-7", FIRST_CAPABILITIES, 1000, 32 * 2**20), []),
     "accepted": (p.Accepted(3), []),
     "progress": (p.Progress("prefill", 512, 6021), []),
     "tokens": (p.Tokens(0, [42, 4095], "für"), []),
@@ -106,6 +113,16 @@ REPLIES: dict[str, tuple[Any, list[bytes]]] = {
     ),
     "ok": (p.Ok("2 pages"), []),
     "error": (p.Error.of(ErrorReply(ErrorCode.CONTEXT_OVERFLOW, "9,000 tokens do not fit in 8,192")), []),
+    "sessions, with places": (p.SessionsReply([LOCATED]), []),
+    "session.detail, with places": (p.SessionDetail(LOCATED, [TURN]), [TOKEN_IDS]),
+    "status.reply, with the time of its counts": (
+        p.StatusReply(
+            version="0.1.0", pid=4242, boot="b-7", uptime_s=12.5, socket="/run/atlasd/atlasd.sock",
+            state_dir="/var/lib/atlasd", rss_bytes=50_000_000, sessions=1, queued=0, running=1, engine_state="ready",
+            counters={"tokens_generated": 40, "disk_bytes_written": 393216}, counters_at=12.25,
+        ),
+        [],
+    ),
 }  # fmt: skip
 
 PLAIN_HEADER = {"rid": RID}

@@ -289,9 +289,15 @@ class KVStore(Protocol):
         """Writes those pages of the chain that are in memory but not on disk."""
         ...
 
-    def purge(self, tokens: Sequence[int], owner: str) -> int:
-        """Erases the chain's pages that no running sequence holds, on every tier; returns how many. Waits for the disk.
-        Raises OSError when bytes could not be overwritten."""
+    def purge(self, tokens: Sequence[int], owner: str, *, keep: int = 0) -> int:
+        """Erases the chain's pages that no running sequence holds, on every tier, but for those that end within the
+        first `keep` tokens (others share them); returns how many. Waits for the disk. Raises OSError when bytes could
+        not be overwritten."""
+        ...
+
+    def locate(self, tokens: Sequence[int], owner: str) -> dict[str, int]:
+        """How many of `tokens` have their K/V in which tier, by the tier's name (the fastest that holds it) or
+        "nowhere": the counts add up. Changes nothing, not even the order of use; looks at memory alone."""
         ...
 
     def stats(self) -> list[TierStats]: ...

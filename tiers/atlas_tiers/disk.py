@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 
-from . import recovery
+from . import leftovers, recovery
 from .base import PageHeader, PageLayout, TierStats
 from .catalog import Catalog, Fill, Sink
 from .counters import Counters, DailyBytes, Meter
@@ -343,6 +343,11 @@ class DiskTier(Catalog[Place]):
         self._written.add(sum(self._space.segment(entry.place).slot_bytes for entry in entries))
         for number in {entry.place.segment for entry in entries}:
             self._space.segments[number].sync()
+
+    def scrub(self, pages: Iterable[PageId]) -> int:
+        """Overwrites what removed pages left of these in free slots; see leftovers.overwrite. Raises OSError."""
+        with self._io:
+            return leftovers.overwrite(self._space, pages)
 
     def _vacate(self, entry: Entry[Place]) -> None:
         if entry.place in self._lingering:  # else its record is not deleted yet; _commit() frees the slot

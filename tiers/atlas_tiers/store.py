@@ -34,6 +34,7 @@ from .sequence import Sequence
 from .space import DiskConfig
 from .stream import Pass, Ring, Want
 from .tensors import payload_layers, slab_tensor
+from .whereabouts import count_by_tier
 
 READERS = 3
 STREAM_READERS = 3
@@ -379,12 +380,15 @@ class TieredStore:
             functools.partial(host.unpin, entry),
         )
 
-    def purge(self, tokens: Tokens[int], owner: str) -> int:
-        """Erases the chain's pages and tails that no running sequence holds, on every tier; returns how many. Waits for
-        the disk: when it returns, the bytes are zeros there. Raises OSError if they could not be overwritten."""
+    def purge(self, tokens: Tokens[int], owner: str, *, keep: int = 0) -> int:
+        """Erases the chain's pages and tails that no running sequence holds, on every tier, but for those that end
+        within the first `keep` tokens; returns how many. Waits for the disk: when it returns, the bytes are zeros
+        there. Raises OSError if they could not be overwritten."""
         self._mover.drain_writes()
         self.poll()
-        free = [page for page in self._related(tokens, owner) if self._unused(page)]
+        related = self._related(tokens, owner)
+        kept = {page.key for page in self._related(tokens[:keep], owner)} | self._held_keys()
+        free = [page for page in related if page.key not in kept and self._unused(page)]
         keys = [page.key for page in free]
         erased = {key for key in keys if self._device.drop(key, erase=True)}
         if self._host is not None:
@@ -392,7 +396,13 @@ class TieredStore:
         if self._disk is not None:
             erased |= {key for key in keys if self._disk.find(key)}
             self._disk.drop_all(keys, erase=True)
+            self._disk.scrub(related)
         return len(erased)
+
+    def _held_keys(self) -> set[bytes]:
+        """Pages of running sequences that lie in lower tiers: erasing one would wait for this very thread."""
+        held = {page.entry.page.key for sequence in self._room.running for page in sequence.away.values()}
+        return held | {job.page.key for job in self._holds}
 
     def _unused(self, page: PageId) -> bool:
         block = self.pool.find(page)
@@ -413,6 +423,14 @@ class TieredStore:
     @property
     def _all(self) -> list[PageTier]:
         return [self._device, *(tier for tier in (self._host, self._disk) if tier is not None)]
+
+    def locate(self, tokens: Tokens[int], owner: str) -> dict[str, int]:
+        """How many of `tokens` have their K/V in which tier; see KVStore.locate."""
+        growing = [sequence.tail for sequence in self._room.running if sequence.ready]
+        return count_by_tier(
+            self._chain(tokens, owner), self.pool, lambda number: number not in self._fills,
+            [tail for tail in growing if tail is not None], self._tiers,
+        )  # fmt: skip
 
     def stats(self) -> list[TierStats]:
         """Each tier's pages and bytes, fastest first."""

@@ -187,9 +187,9 @@ class AsyncClient:
         """A handle; nothing is sent until it is used or entered with `async with`, which opens it."""
         return AsyncSession(self, name, create)
 
-    async def sessions(self) -> list[SessionInfo]:
-        """All sessions of this user."""
-        return (await self._call(SessionList(), SessionsReply)).sessions
+    async def sessions(self, *, where: bool = False, limit: int = 0) -> list[SessionInfo]:
+        """The sessions of this user, as Client.sessions gives them."""
+        return (await self._call(SessionList(where, limit), SessionsReply)).sessions
 
     async def import_session(self, name: str, archive: bytes) -> SessionInfo:
         """Makes a session from what AsyncSession.export returned."""
@@ -322,9 +322,9 @@ class AsyncSession:
         """Returns when the session's pages are on disk; says what was done."""
         return (await self._client._call(SessionCheckpoint(self.name), Ok)).detail
 
-    async def show(self, *, text: bool = False) -> SessionDetail:
-        """The session and its turns, with what was said in them when `text` is set."""
-        return await self._client._call(SessionShow(self.name, text), SessionDetail)
+    async def show(self, *, text: bool = False, where: bool = False) -> SessionDetail:
+        """The session and its turns; `text`: with what was said in them, `where`: with its tokens by tier."""
+        return await self._client._call(SessionShow(self.name, text, where), SessionDetail)
 
     async def info(self) -> SessionInfo:
         return (await self.show()).info
@@ -338,7 +338,7 @@ class AsyncSession:
         return archive((await self._client._ask(SessionExport(self.name), Archive))[1])
 
     async def delete(self, *, purge: bool = False) -> None:
-        """`purge` also erases its KV pages from disk."""
+        """`purge` also erases its KV pages from every tier, but for those that other sessions share."""
         await self._client._call(SessionDelete(self.name, purge), Ok)
 
     async def __aenter__(self) -> Self:

@@ -204,9 +204,10 @@ class Client:
         """A handle; nothing is sent until it is used or entered with `with`, which opens it."""
         return Session(self, name, create)
 
-    def sessions(self) -> list[SessionInfo]:
-        """All sessions of this user."""
-        return self._call(SessionList(), SessionsReply).sessions
+    def sessions(self, *, where: bool = False, limit: int = 0) -> list[SessionInfo]:
+        """The sessions of this user (`limit`: the first so many): running ones, then the last used. `where`: with the
+        tokens by tier of the first 32, as far as the daemon knows them."""
+        return self._call(SessionList(where, limit), SessionsReply).sessions
 
     def import_session(self, name: str, archive: bytes) -> SessionInfo:
         """Makes a session from what Session.export returned."""
@@ -337,9 +338,9 @@ class Session:
         """Returns when the session's pages are on disk; says what was done."""
         return self._client._call(SessionCheckpoint(self.name), Ok).detail
 
-    def show(self, *, text: bool = False) -> SessionDetail:
-        """The session and its turns, with what was said in them when `text` is set."""
-        return self._client._call(SessionShow(self.name, text), SessionDetail)
+    def show(self, *, text: bool = False, where: bool = False) -> SessionDetail:
+        """The session and its turns; `text`: with what was said in them, `where`: with its tokens by tier."""
+        return self._client._call(SessionShow(self.name, text, where), SessionDetail)
 
     def info(self) -> SessionInfo:
         return self.show().info
@@ -353,7 +354,7 @@ class Session:
         return archive(self._client._ask(SessionExport(self.name), Archive)[1])
 
     def delete(self, *, purge: bool = False) -> None:
-        """`purge` also erases its KV pages from disk."""
+        """`purge` also erases its KV pages from every tier, but for those that other sessions share."""
         self._client._call(SessionDelete(self.name, purge), Ok)
 
     def __enter__(self) -> Self:

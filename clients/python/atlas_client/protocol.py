@@ -14,7 +14,7 @@ import msgspec
 from .errors import ErrorCode, ErrorReply
 
 VERSION = 1
-CAPABILITIES = ("generate", "sessions", "attach", "models", "credit")
+CAPABILITIES = ("generate", "sessions", "attach", "models", "credit", "where")
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
 Rid = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
@@ -108,6 +108,7 @@ class SessionInfo(msgspec.Struct, omit_defaults=True):
     parent: str = ""  # session id this one was forked from
     forked_at: int = 0  # tokens shared with the parent at the fork
     busy: bool = False
+    where: dict[str, int] = {}  # tokens by tier: device | host | disk | nowhere; empty: not asked for, or not known
 
 
 class ModelInfo(msgspec.Struct, omit_defaults=True):
@@ -211,13 +212,15 @@ class SessionCheckpoint(msgspec.Struct, tag_field="type", tag="session.checkpoin
     session: SessionName
 
 
-class SessionList(msgspec.Struct, tag_field="type", tag="session.list"):
-    pass
+class SessionList(msgspec.Struct, tag_field="type", tag="session.list", omit_defaults=True):
+    where: bool = False  # with the tokens by tier of the first sessions
+    limit: Count = 0  # at most so many sessions; 0: all
 
 
-class SessionShow(msgspec.Struct, tag_field="type", tag="session.show"):
+class SessionShow(msgspec.Struct, tag_field="type", tag="session.show", omit_defaults=True):
     session: SessionName
     text: bool = False  # with each turn's text
+    where: bool = False  # with its tokens by tier
 
 
 class SessionExport(msgspec.Struct, tag_field="type", tag="session.export"):
@@ -375,6 +378,7 @@ class StatusReply(msgspec.Struct, tag_field="type", tag="status.reply", omit_def
     model: ModelInfo | None = None
     tiers: list[TierUsage] = []
     counters: dict[str, int] = {}
+    counters_at: float = 0.0  # uptime_s at which tiers and counters were read
     warnings: list[str] = []
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "session": "Open, list, fork, cut, move and delete sessions.",
     "model": "List, load and unload models.",
     "status": "Show the daemon, its engine, model and memory.",
+    "top": "Watch the engine, the memory tiers and the sessions live.",
     "doctor": "Check this machine and say how to mend what is broken.",
     "up": "Start a daemon in the background.",
     "down": "Stop the daemon.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .context import Group, app, common
+from .figures import LABELS, missing_places
 from .output import clean, emit, moment, plain, table
 from .text import prompt as read_prompt
 
@@ -99,10 +100,15 @@ def list_() -> None:
 @click.option("--tokens", is_flag=True, help="With the token ids (--json only).")
 @common
 def show(name: str, text: bool, tokens: bool) -> None:
-    """Show session NAME and its turns."""
+    """Show session NAME, where its tokens are, and its turns.
+
+    The line KV says how many tokens have their keys and values in which tier: the fastest counts when a page is in
+    several. What is nowhere is computed when the session goes on; the last token always is. The counts add up to the
+    session's tokens. Without a loaded model they are not known.
+    """
     with app().client() as client:
         handle = client.session(name)
-        detail = handle.show(text=text)
+        detail = handle.show(text=text, where=True)
         ids = handle.token_ids() if tokens else None
     if app().json:
         emit({**plain(detail), **({"tokens": ids} if tokens else {})})
@@ -163,10 +169,13 @@ def import_(name: str, archive: Path) -> None:
 
 @session.command()
 @click.argument("name")
-@click.option("--purge", is_flag=True, help="Also erase its pages from disk.")
+@click.option("--purge", is_flag=True, help="Also erase its pages on every tier.")
 @common
 def delete(name: str, purge: bool) -> None:
-    """Delete session NAME."""
+    """Delete session NAME.
+
+    With --purge its pages are overwritten in memory and on disk first, but for those that other sessions share.
+    """
     with app().client() as client:
         client.session(name).delete(purge=purge)
     _done({"session": name, "deleted": True, "purged": purge}, f"{name}: deleted")
@@ -188,12 +197,21 @@ def _show(detail: SessionDetail, text: bool) -> None:
     _tell(info)
     origin = f", forked from {info.parent} at {info.forked_at:,} tokens" if info.parent else ""
     print(clean(f"made {moment(info.created)}, used {moment(info.updated)}, model {info.model or 'none'}{origin}"))
+    print(f"KV {_places(info)}")
     for turn in detail.turns:
         end = turn.start + turn.prompt_tokens + turn.generated_tokens
         counts = f"{turn.prompt_tokens:,} + {turn.generated_tokens:,} tokens"
         print(f"turn {turn.index}: tokens {turn.start:,} to {end:,}, {counts} ({turn.finish_reason})")
         if text:
             print(clean(f"{turn.prompt}{turn.text}"))
+
+
+def _places(info: SessionInfo) -> str:
+    """Where a session's tokens are, in one line."""
+    if missing_places(info):
+        return "not known: no engine is ready, or it is busy"
+    parts = [(LABELS.get(place, place), count) for place, count in info.where.items()]
+    return ", ".join(f"{name} {count:,}" for name, count in parts) + (" tokens" if parts else "nowhere yet")
 
 
 def _one_at_most(name: str, value: object, other: str, other_value: object) -> None:
