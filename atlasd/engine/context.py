@@ -173,9 +173,8 @@ class Reader:
     def _join(self, layer: int, span: Span, runs: list[Run], dtype: torch.dtype) -> torch.Tensor:
         """[2, kv_heads, blocks, BLOCK_TOKENS, head_dim], each run from where it lies. In fresh memory, as one run is:
         a matrix product may depend on its operands' alignment."""
-        device = span.blocks.device
-        ahead, taken = self._ahead, 0
-        slices = ahead.take(layer) if ahead is not None and any(r.lies is Lies.AHEAD for r in runs) else None
+        device, taken = span.blocks.device, 0
+        slices = self._next(layer, runs)
         parts: list[torch.Tensor] = []
         for run in runs:
             if run.lies is Lies.DEVICE:
@@ -190,6 +189,31 @@ class Reader:
 
     def _read(self, pages: LayerPages, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return kv.gather(pages.values, pages.scales, rows, dtype)
+
+    def addresses(self, layer: int, span: Span, keys: range) -> torch.Tensor:
+        """int64: where in memory the layer's slice of each block of `keys` begins; valid until the next split is asked
+        for. On a CPU only. Raises PageDamaged."""
+        runs = _cut(span, keys)
+        slices = self._next(layer, runs)
+        parts: list[torch.Tensor] = []
+        taken = 0
+        for run in runs:
+            rows = run.rows
+            if run.lies is Lies.DEVICE:
+                pages = self._pages.pages[layer]
+            elif run.lies is Lies.HOST:
+                pages = self._pages.host_pages[layer]
+            elif slices is not None:
+                pages, rows = slices, torch.arange(taken, taken + len(run))
+                taken += len(run)
+            values = pages.values
+            parts.append(rows * (values.stride(0) * values.element_size()) + values.data_ptr())
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _next(self, layer: int, runs: list[Run]) -> LayerPages | None:
+        """The slices that are read ahead for these runs, if there are any."""
+        wanted = self._ahead is not None and any(run.lies is Lies.AHEAD for run in runs)
+        return self._ahead.take(layer) if wanted and self._ahead is not None else None
 
     def close(self) -> None:
         """Ends what is being read ahead."""
