@@ -74,13 +74,15 @@ def assert_content(tiered: TieredStore, sequence: RunningSequence, tokens: Seque
     table, cpu = sequence.block_table, torch.device("cpu")
     whole = span(0, sequence.length, 0, table, sequence.away, tiered, cpu)
     reader = Reader(tiered, [whole])
-    for layer in sorted(tiered.pages):
-        for keys in key_splits(whole, None):
-            expected = (wanted[keys.start : keys.stop] + layer)[None, :, None]
-            for found in reader.gather(layer, whole, keys, torch.float32):
-                wrong = (found != expected).any(0).any(1)
-                assert not wrong.any(), f"wrong content from token {keys.start + int(wrong.int().argmax())}"
-    reader.close()
+    try:
+        for layer in sorted(tiered.pages):
+            for keys in key_splits(whole, None):
+                expected = (wanted[keys.start : keys.stop] + layer)[None, :, None]
+                for found in reader.gather(layer, whole, keys, torch.float32):
+                    wrong = (found != expected).any(0).any(1)
+                    assert not wrong.any(), f"wrong content from token {keys.start + int(wrong.int().argmax())}"
+    finally:  # reads go on after one that failed: into buffers and from pages that the next ones use
+        reader.close()
 
 
 def opened(tiered: TieredStore, tokens: Sequence[int], owner: str = "ann", *, durable: bool = True) -> RunningSequence:

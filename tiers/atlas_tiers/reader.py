@@ -53,12 +53,13 @@ class SlotReader:
     def load_parts(self, entry: Entry[Place], first: int, last: int, into: memoryview) -> None:
         """See Catalog.load_parts. The slot's header is read and checked first if the entry has no digests yet."""
         with self._meter, self._damage(entry), self._staging.lend() as buffer:
-            if not entry.digests:
+            table = entry.digests  # the last unpin() clears it: whoever reads on for a moment is not to see damage
+            if not table:
                 got = self._space.segment(entry.place).read(entry.place.slot, buffer[:SECTOR])
-                entry.digests = self._digests(entry, buffer[:got])
+                table = entry.digests = self._digests(entry, buffer[:got])
                 self._counters.add("disk_bytes_read", SECTOR)
             read = self._read_span(entry, *self._layout.span(first, last), buffer, into)
-            check_parts(into, self._layout, first, last, entry.digests)
+            check_parts(into, self._layout, first, last, table)
         self._counters.add("disk_bytes_read", read)
 
     def _load_run(self, wanted: list[tuple[Entry[Place], Sink]]) -> list[Exception | None]:
