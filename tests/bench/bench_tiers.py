@@ -90,8 +90,8 @@ def measure(scratch: Path, tokens: list[int], number: int) -> dict[str, float]:
 def new_store(path: Path, pages: int) -> TieredStore:
     config = DiskConfig(path, cap_bytes=4 << 30, free_floor_bytes=0)
     made = TieredStore(LAYOUT, b"bench", device_blocks=pages + 4, host_bytes=0, disk=config)
-    for slab in made.slabs:
-        slab.fill_(1.5)  # commits the memory: a daemon has done so by the time its model is loaded
+    for pages in made.pages.values():
+        pages.values.fill_(1.5)  # commits the memory: a daemon has done so by the time its model is loaded
     return made
 
 
