@@ -70,6 +70,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str,
         _key("what the tiers evict first: the longest unused, or least recompute time by use", choices=("lru", "gdsf")),
     ] = "lru"
+    kv_dtype: Annotated[
+        str,
+        _key(
+            "type of K and V in pages; auto: what is computed in; int8: a byte each, a scale for each head's vector",
+            choices=("auto", "int8"),
+        ),
+    ] = "auto"
     kv_vram_only: Annotated[bool, _key("KV pages in device memory only: no RAM tier, no disk")] = False
     socket: Annotated[str, _key("path of the public socket")] = msgspec.field(
         default_factory=lambda: str(default_socket())

@@ -15,16 +15,19 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from atlas_kernels import kv
+from atlas_kernels import attention_cpu, kv
 from atlas_kernels.attention import Merged, Variant, attend, partial, seeing
+from atlas_kernels.dispatch import compiled
 from atlas_tiers.base import BLOCK_TOKENS, KVGroup
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
-from .context import Pages, Reader, Span, key_splits
+from .context import Lies, Pages, Reader, Span, key_splits
 
 NAME = "atlas"
+FEW_ROWS = 16  # query rows that are attended to where the blocks lie; more are worth gathering K and V for
+SMALL_WORK = 1 << 19  # keys times heads times head dimension; less is done by one thread
 
 
 class Sink(Protocol):
@@ -78,6 +81,8 @@ class Step:
         """[heads, rows, head_dim]. In splits, so that the result is the same wherever the pages lie; on an accelerator
         with all pages at hand the fused kernel does it at once, and the two agree up to rounding."""
         parts = key_splits(span, variant.window)
+        if query.device.type == "cpu" and query.shape[1] <= FEW_ROWS and compiled():
+            return self._attend_in_place(layer, span, query, parts, variant)
         if query.device.type != "cpu" and span.resident:
             keys = range(parts[0].start, span.length)
             return attend(query, *self._reader.gather(layer, span, keys, query.dtype), variant)
@@ -88,6 +93,29 @@ class Step:
             k, v = self._reader.gather(layer, span, keys, query.dtype)
             merged.add(rows, *partial(mine, k, v, rows, keys, variant))
         return merged.result(variant)
+
+    def _attend_in_place(
+        self, layer: int, span: Span, query: torch.Tensor, parts: list[range], variant: Variant
+    ) -> torch.Tensor:
+        """As _attend, by the compiled kernel, which reads blocks where they lie; a split's slices that are read ahead
+        are gone when the next split's come, so those are attended to one by one."""
+        to = self._pages[layer]
+        sinks = None if variant.sinks is None else variant.sinks.float().contiguous()
+        work = (span.length - parts[0].start) * query.shape[0] * query.shape[2]
+        threads = torch.get_num_threads() if work > SMALL_WORK else 1
+        call = attention_cpu.Call(variant.scale, variant.window or 0, variant.softcap or 0.0, sinks, threads)
+
+        def pages(keys: range) -> attention_cpu.Pages:
+            addresses = self._reader.addresses(layer, span, keys)
+            kv_heads, dim = to.values.shape[2], to.values.shape[4]
+            return attention_cpu.Pages(addresses, to.values.dtype, kv_heads, dim, first=keys.start)
+
+        if not any(run.lies is Lies.AHEAD for run in span.runs):
+            whole = pages(range(parts[0].start, span.length))
+            return attention_cpu.attend(query, whole, span.positions, call)[0].transpose(0, 1)
+        found = [attention_cpu.partials(query, pages(keys), span.positions, call) for keys in parts]
+        out, lse = (torch.cat(each) for each in zip(*found, strict=True))
+        return attention_cpu.merge(out, lse, sinks)[0].transpose(0, 1)
 
     def close(self) -> None:
         """Ends what is being read ahead."""

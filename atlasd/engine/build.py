@@ -10,6 +10,7 @@ import psutil
 import torch
 import transformers
 from atlas_client.errors import ErrorCode, ErrorReply
+from atlas_kernels.dispatch import compiled
 from atlas_tiers.base import BLOCK_TOKENS
 from atlas_tiers.disk import DiskConfig
 from atlas_tiers.errors import StoreLocked, TooManyParts
@@ -37,6 +38,8 @@ def build_worker(spec: EngineSpec, directory: Path, config: Config, link: Link, 
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     torch.set_grad_enabled(False)
     loaded = load(spec.model, directory, config, report)
+    if loaded.device.type == "cpu":
+        compiled()  # now, not in the first request
     selftest.check(loaded)
     info = loaded.info
     log.info("%s on %s (%s), %d layers quantized", info.architecture, info.device, info.dtype, info.layers_quantized)

@@ -61,8 +61,9 @@ def load(name: str, directory: Path, config: Config, report: Report) -> LoadedMo
     model = _read(directory, family, way, dtype, device, config, report)
     tokenizer = _tokenizer(directory)
     way, groups = _way_and_groups(model, way, device)
-    layout = PageLayout(groups, str(dtype).removeprefix("torch."))
-    return _describe(name, directory, raw, model, tokenizer, device, layout, way, config)
+    computed = str(dtype).removeprefix("torch.")
+    layout = PageLayout(groups, computed if config.kv_dtype == "auto" else config.kv_dtype)
+    return _describe(name, directory, raw, model, tokenizer, device, computed, layout, way, config)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -199,11 +200,12 @@ def _describe(
     model: PreTrainedModel,
     tokenizer: Any,
     device: torch.device,
+    computed: str,
     layout: PageLayout,
     way: str,
     config: Config,
 ) -> LoadedModel:
-    info = _info(name, directory, raw, model, device, layout, config)
+    info = _info(name, directory, raw, model, device, computed, layout, config)
     tokenizer_id = identity.tokenizer(directory)
     defaults = _defaults(directory)
     return LoadedModel(
@@ -218,7 +220,9 @@ def _describe(
         vocab=info.vocab_size,
         eos=_eos(defaults, model.config),
         defaults=defaults,
-        identity=identity.digest(info.fingerprint, info.quantization, tokenizer_id, layout.describe(), device.type),
+        identity=identity.digest(
+            info.fingerprint, info.quantization, tokenizer_id, computed, layout.describe(), device.type
+        ),
         tokenizer_id=tokenizer_id,
         info=info,
     )
@@ -230,6 +234,7 @@ def _info(
     raw: dict[str, Any],
     model: PreTrainedModel,
     device: torch.device,
+    computed: str,
     layout: PageLayout,
     config: Config,
 ) -> ModelInfo:
@@ -251,7 +256,7 @@ def _info(
         max_context=_max_context(model.config, config.max_context),
         vocab_size=int(model.config.vocab_size),
         device=str(device),
-        dtype=layout.dtype,
+        dtype=computed,
     )
 
 

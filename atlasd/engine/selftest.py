@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -22,15 +23,15 @@ COVERED = frozenset((
 ))  # fmt: skip
 TOKENS = BLOCK_TOKENS + 8  # two pages
 CHUNKS = (5, BLOCK_TOKENS, 3)
-TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "int8": 2e-1}  # of the largest logit
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # of the largest logit
 
 
 class _Pages:
     """Two pages and one between them that is not used; none is ever away."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self.layout: PageLayout = loaded.layout
-        self.pages = DeviceMemory(loaded.layout, 3, str(loaded.device)).layers
+        self.layout: PageLayout = dataclasses.replace(loaded.layout, dtype=loaded.info.dtype)  # not int8
+        self.pages = DeviceMemory(self.layout, 3, str(loaded.device)).layers
         self.host_pages: dict[int, LayerPages] = {}
 
     def read_ahead(self, wants: Sequence[Want]) -> Pass:
@@ -51,7 +52,7 @@ def check(loaded: LoadedModel) -> None:
     except Exception as error:  # whatever an unknown architecture does with a cache
         raise _refusal(loaded, f"{type(error).__name__}: {error}") from error
     difference = float((paged - stock).abs().max() / stock.abs().max())
-    if not difference <= TOLERANCE[loaded.layout.dtype]:
+    if not difference <= TOLERANCE[loaded.info.dtype]:
         raise _refusal(loaded, f"its logits over pages differ from the stock model's by {difference:.1e}")
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 from torch import Tensor
 
 from atlas_kernels import linear_torch
+from atlas_kernels.cpu.library import Unavailable, library
 from atlas_kernels.errors import KernelInputError
 from atlas_kernels.reference import PackedWeight
+
+log = logging.getLogger("atlas_kernels")
 
 
 def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -22,6 +28,17 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Te
     if x.device != weight.codes.device:
         raise KernelInputError(f"activations are on {x.device}, the weight is on {weight.codes.device}")
     return linear_torch.linear(x, weight, bias)
+
+
+@functools.cache
+def compiled() -> bool:
+    """Whether the CPU kernels are there, compiled now if need be; says once why not."""
+    try:
+        library()
+    except Unavailable as error:
+        log.warning("CPU kernels: %s. Linear layers run in torch, slower.", error)
+        return False
+    return True
 
 
 def check(weight: PackedWeight) -> None:

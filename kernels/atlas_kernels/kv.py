@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 127
+SMALLEST_SCALE = 2.0**-24  # of float16, subnormal: smaller ones are 0, and so are their vectors
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,7 +18,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     magnitude / 127 as float16 holds it. A vector that float16 scales can't reach (above 8.3e6) saturates."""
     wide = x.float()
     scales = (wide.abs().amax(dim=-1) / LARGEST).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
-    steps = wide / scales.float().clamp(min=torch.finfo(torch.float16).tiny)[..., None]
+    steps = wide / scales.float().clamp(min=SMALLEST_SCALE)[..., None]
     return steps.round().clamp_(-LARGEST, LARGEST).to(torch.int8), scales
 
 
