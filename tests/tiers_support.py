@@ -77,6 +77,9 @@ def assert_content(tiered: TieredStore, sequence: RunningSequence, tokens: Seque
     try:
         for layer in sorted(tiered.pages):
             for keys in key_splits(whole, None):
+                keys = range(max(keys.start, 64 * sequence.first_needed), keys.stop)
+                if not keys:
+                    continue
                 expected = (wanted[keys.start : keys.stop] + layer)[None, :, None]
                 for found in reader.gather(layer, whole, keys, torch.float32):
                     wrong = (found != expected).any(0).any(1)

@@ -35,6 +35,7 @@ class Lies(enum.Enum):
     DEVICE = "device"
     HOST = "host"
     AHEAD = "ahead"
+    PAST = "past"  # nowhere: before every layer's window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Span:
     @property
     def resident(self) -> bool:
         """Whether the device pool has every block."""
-        return all(run.lies is Lies.DEVICE for run in self.runs)
+        return all(run.lies in (Lies.DEVICE, Lies.PAST) for run in self.runs)
 
 
 def span(
@@ -99,19 +100,19 @@ def span(
     blocks = torch.tensor(table, dtype=torch.int64, device=device)
     runs: list[Run] = []
     in_place = bool(pages.host_pages)
-    kinds = [_lies(away.get(n), in_place) for n in range(len(table))] if away else [Lies.DEVICE] * len(table)
+    kinds = [_lies(block, away.get(n), in_place) for n, block in enumerate(table)]
     begin = 0
     for n in range(1, len(table) + 1):
         if n == len(table) or kinds[n] is not kinds[begin]:
-            held = tuple(away[p] for p in range(begin, n)) if kinds[begin] is not Lies.DEVICE else ()
+            held = tuple(away[p] for p in range(begin, n) if p in away)
             runs.append(Run(begin, n, kinds[begin], _rows(kinds[begin], blocks[begin:n], held), held))
             begin = n
     return Span(start, stop, first, blocks, tuple(runs))
 
 
-def _lies(held: Held | None, in_place: bool) -> Lies:
+def _lies(block: int, held: Held | None, in_place: bool) -> Lies:
     if held is None:
-        return Lies.DEVICE
+        return Lies.DEVICE if block >= 0 else Lies.PAST
     return Lies.HOST if held.in_ram and in_place else Lies.AHEAD
 
 
@@ -212,8 +213,13 @@ class Reader:
 
     def _next(self, layer: int, runs: list[Run]) -> LayerPages | None:
         """The slices that are read ahead for these runs, if there are any."""
-        wanted = self._ahead is not None and any(run.lies is Lies.AHEAD for run in runs)
-        return self._ahead.take(layer) if wanted and self._ahead is not None else None
+        count = sum(len(run) for run in runs if run.lies is Lies.AHEAD)
+        if self._ahead is None or not count:
+            return None
+        slices = self._ahead.take(layer)
+        if slices.values.shape[0] != count:
+            raise ValueError(f"layer {layer} wants {count} pages, {slices.values.shape[0]} were read ahead")
+        return slices
 
     def close(self) -> None:
         """Ends what is being read ahead."""

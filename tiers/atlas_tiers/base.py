@@ -99,6 +99,10 @@ class PageLayout:
     def bytes_per_token(self) -> int:
         return self.page_bytes // BLOCK_TOKENS
 
+    def first_needed(self, length: int) -> int:
+        """Of a sequence of `length` tokens, the first block that its next token attends to."""
+        return max(0, length - self.window + 1) // BLOCK_TOKENS if self.window else 0
+
     def describe(self) -> str:
         """Canonical text: part of the identity, so pages of another layout are never found."""
         groups = ";".join(_describe(group) for group in self.groups)

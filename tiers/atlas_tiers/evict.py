@@ -8,6 +8,9 @@ by
 
 so a page that nobody uses sinks against newer ones, slowly if it is used often or expensive. All pages of a tier have
 one size and only ratios matter, so bytes are left out and seconds are those of a token at position 0.
+
+Where every layer has a window (`chained` is False) a page is of use without those far before it, and they are what
+nobody misses: then every page is a candidate.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ SLACK = 64  # heap entries beyond two a page before the heap is made again
 
 
 class Policy(Protocol):
-    """Ranks the pages of one tier. Of equal worth the least recently used goes first."""
+    """Ranks the pages of one tier. Of equal worth the least recently used goes first. `chained`: a page is of no use
+    without all those before it."""
+
+    chained: bool
 
     def worth(self, page: PageId) -> float:
         """What a page is worth from the use that is made of it now."""
@@ -44,6 +50,9 @@ class Policy(Protocol):
 class Lru:
     """Every page is worth the same, so the last use decides."""
 
+    def __init__(self, *, chained: bool = True) -> None:
+        self.chained = chained
+
     def worth(self, page: PageId) -> float:
         return 0.0
 
@@ -54,8 +63,8 @@ class Lru:
 class Gdsf:
     """See the top of this file. `cost`: recompute seconds of a page, in any unit."""
 
-    def __init__(self, uses: Uses, cost: Callable[[PageId], float]) -> None:
-        self._uses, self._cost = uses, cost
+    def __init__(self, uses: Uses, cost: Callable[[PageId], float], *, chained: bool = True) -> None:
+        self._uses, self._cost, self.chained = uses, cost, chained
         self._clock = 0.0
 
     def worth(self, page: PageId) -> float:
@@ -89,11 +98,11 @@ class Uses:
         return self._counts.get(key, (1, 0))[0]
 
 
-def make_policy(name: str, uses: Uses, cost: Callable[[PageId], float]) -> Policy:
+def make_policy(name: str, uses: Uses, cost: Callable[[PageId], float], *, chained: bool = True) -> Policy:
     """A policy of its own for one tier. Raises ValueError for a name that is not in POLICIES."""
     if name not in POLICIES:
         raise ValueError(f"eviction policy {name!r} is not one of {', '.join(POLICIES)}")
-    return Lru() if name == "lru" else Gdsf(uses, cost)
+    return Lru(chained=chained) if name == "lru" else Gdsf(uses, cost, chained=chained)
 
 
 def relative_cost(page: PageId, slope: float = DEFAULT_SLOPE) -> float:
@@ -177,7 +186,7 @@ class EvictionOrder:
                 passed.append(node)
             else:
                 self._choose(node, chosen)
-        for leaf in passed:
+        for leaf in passed if self._policy.chained else []:
             before = self._nodes.get(leaf.page.parent)
             while before is not None and len(chosen) < count:
                 if not held(before.page.key):
@@ -192,7 +201,7 @@ class EvictionOrder:
 
     def check(self) -> None:
         """Raises AssertionError when a page that nothing follows could not be found."""
-        ends = {key for key in self._nodes if not self._followers.get(key)}
+        ends = {key for key, node in self._nodes.items() if self._is_end(node)}
         queued = [*self._fresh, *(node for _, _, node in self._heap)]
         if not ends <= {node.page.key for node in queued if not node.gone}:
             raise AssertionError("eviction order: a page at the end of its chain is in no queue")
@@ -245,4 +254,4 @@ class EvictionOrder:
             heapq.heappush(self._heap, (node.worth, node.tick, node))
 
     def _is_end(self, node: _Node) -> bool:
-        return not node.gone and not self._followers.get(node.page.key)
+        return not node.gone and not (self._policy.chained and self._followers.get(node.page.key))

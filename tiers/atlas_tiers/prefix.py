@@ -6,30 +6,37 @@ What is found is held (blocks referenced, pages pinned) until the sequence has i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .base import BLOCK_TOKENS
 from .block import Block, BlockPool, State
 from .catalog import Catalog
 from .index import Entry
-from .keys import PACKED_BYTES, PageId, common_tokens
+from .keys import PACKED_BYTES, PageId, chain, common_tokens
 from .rates import Rates
 
 Sources = list[tuple[Catalog[Any], Entry[Any]]]
+FirstNeeded = Callable[[int], int]
 
 
 @dataclasses.dataclass(slots=True)
 class Hit:
-    """A page of the prefix: in a block (referenced), or in lower tiers (pinned, fastest first)."""
+    """A page of the prefix: in a block (referenced), in lower tiers (pinned, fastest first), or nowhere (`past`), as a
+    page that lies before every layer's window is not needed."""
 
     page: PageId
     block: Block | None
     sources: Sources
 
     @property
+    def past(self) -> bool:
+        """Whether it is not needed."""
+        return self.block is None and not self.sources
+
+    @property
     def tier(self) -> str:
-        """Name of the fastest tier that has it."""
+        """Name of the fastest tier that has it; not for a past one."""
         return "device" if self.block is not None else self.sources[0][0].name
 
 
@@ -51,8 +58,9 @@ class Prefix:
 
     @property
     def pages(self) -> list[Hit]:
-        """The full pages and the one of the tail."""
-        return [*self.hits, self.tail.hit] if self.tail else self.hits
+        """The full pages that are needed and the one of the tail."""
+        needed = [hit for hit in self.hits if not hit.past]
+        return [*needed, self.tail.hit] if self.tail else needed
 
     @property
     def blocks_needed(self) -> int:
@@ -61,8 +69,8 @@ class Prefix:
 
     @property
     def pages_needed(self) -> int:
-        """Full pages that are in no block."""
-        return sum(hit.block is None for hit in self.hits)
+        """Full pages that are wanted and in no block."""
+        return sum(hit.block is None and not hit.past for hit in self.hits)
 
     def leave_out_slow(self, rates: Rates, size: int, pool: BlockPool) -> str:
         """Lets go of the pages, of `size` bytes, that are computed faster than they are read; says so, or nothing."""
@@ -91,9 +99,14 @@ class Prefix:
                 tier.unpin(entry)
 
 
-def longest_prefix(root: bytes, packed: bytes, pool: BlockPool, tiers: Sequence[Catalog[Any]]) -> Prefix:
+def longest_prefix(
+    root: bytes, packed: bytes, pool: BlockPool, tiers: Sequence[Catalog[Any]], first_needed: FirstNeeded | None = None
+) -> Prefix:
     """The longest chain of full pages over all tiers, then the page that shares most tokens with what follows.
-    `tiers`: fastest first."""
+    `tiers`: fastest first. `first_needed`: of a model whose layers all have a window, the first page that a sequence
+    of so many tokens needs; those before it need not be anywhere."""
+    if first_needed is not None:
+        return _windowed_prefix(chain(root, packed), root, packed, pool, tiers, first_needed)
     hits: list[Hit] = []
     parent = root
     for start in range(0, len(packed) - PACKED_BYTES + 1, PACKED_BYTES):
@@ -104,6 +117,32 @@ def longest_prefix(root: bytes, packed: bytes, pool: BlockPool, tiers: Sequence[
         parent = hit.page.key
     rest = packed[len(hits) * PACKED_BYTES :][:PACKED_BYTES]
     return Prefix(hits, _best_tail(parent, rest, pool, tiers))
+
+
+def _windowed_prefix(
+    pages: list[PageId],
+    root: bytes,
+    packed: bytes,
+    pool: BlockPool,
+    tiers: Sequence[Catalog[Any]],
+    first_needed: FirstNeeded,
+) -> Prefix:
+    usable = run = 0  # pages; of those up to here, how many in a row are there
+    for count, page in enumerate(pages, 1):
+        there = pool.find(page) is not None or any(tier.holds(page) for tier in tiers)
+        run = run + 1 if there else 0
+        if run >= count - first_needed(count * BLOCK_TOKENS):
+            usable = count
+    hits: list[Hit] = []
+    first = first_needed(usable * BLOCK_TOKENS)
+    for number, page in enumerate(pages[:usable]):
+        hit = Hit(page, None, []) if number < first else _hold(page, pool, tiers)
+        if hit is None:  # it went between the two looks
+            Prefix(hits, None).give_up(pool)
+            return Prefix([], None)
+        hits.append(hit)
+    rest = packed[usable * PACKED_BYTES :][:PACKED_BYTES]
+    return Prefix(hits, _best_tail(pages[usable - 1].key if usable else root, rest, pool, tiers))
 
 
 def _hold(page: PageId, pool: BlockPool, tiers: Sequence[Catalog[Any]]) -> Hit | None:

@@ -18,7 +18,8 @@ AWAY = -1  # in a block table: the page is in no block
 
 class Sequence:
     """See KVSequence. Blocks [0, length // 64) are SEALED or away; a part-filled last one is OPEN and this sequence's
-    alone. At each position there is either a block or a page held in a lower tier."""
+    alone. At each position there is a block, or a page held in a lower tier, or neither where the page lies before
+    every layer's window."""
 
     def __init__(self, store: TieredStore, root: bytes, *, durable: bool) -> None:
         self._store = store
@@ -30,6 +31,7 @@ class Sequence:
         self._rest = b""  # packed tokens after the last full page
         self._waiting: set[int] = set()  # positions of pages being read
         self._brought: set[int] = set()  # positions that came from the host tier or disk
+        self._past = 0  # pages before this are not needed and not kept
         self._kept_pages = 0  # pages there were at the start: older tails can follow these
         self.released = False
         self.block_table: list[int] = []
@@ -68,6 +70,8 @@ class Sequence:
             self._cut(position, reason)
 
     def _cut(self, position: int, reason: str) -> None:
+        if self._store.layout.window:
+            position = 0  # the pages that a shorter prefix needs were not asked for
         self.reset_reason = f"{reason}: recomputing from token {position * BLOCK_TOKENS}"
         dropped, self.blocks = self.blocks[position:], self.blocks[:position]
         self.pages, self._rest = self.pages[:position], b""
@@ -123,6 +127,21 @@ class Sequence:
             self._rest = self._rest[PACKED_BYTES:]
             self.pages.append(page)
             self._store.seal(self, self._own(len(self.pages) - 1), page)
+        self._drop_past()
+
+    def _drop_past(self) -> None:
+        """Lets go of the pages that lie before every layer's window."""
+        needed = min(self.first_needed, len(self.pages))
+        for position in range(self._past, needed):
+            block, held = self.blocks[position], self.away.pop(position, None)
+            self.blocks[position], self.block_table[position] = None, AWAY
+            self._store.let_past(block, held)
+        self._past = max(self._past, needed)
+
+    @property
+    def first_needed(self) -> int:
+        """The first page that is needed from now on, and by who goes on after the last full page."""
+        return self._store.layout.first_needed(len(self.pages) * BLOCK_TOKENS)
 
     def persist(self) -> Ticket:
         """Writes the tail and whatever else of the chain is not on disk. Nothing may be appended afterwards."""
@@ -158,6 +177,7 @@ class Sequence:
 
     def _count_prefix(self) -> None:
         rest = len(self._rest) // TOKEN_BYTES
+        self._past = 0
         self._kept_pages = len(self.pages)
         self.block_table[:] = [AWAY if block is None else block.number for block in self.blocks]
         self.length = self._kept_pages * BLOCK_TOKENS + rest

@@ -40,6 +40,7 @@ READERS = 3
 STREAM_READERS = 3
 SPLIT_PAGES = 16  # most pages of a context that attention asks for at a time
 WORKING_BLOCKS = 10  # left free when a long context is opened, for the first tokens it computes
+UNLIMITED = 1 << 40  # tokens
 QUEUE_BYTES = 256 << 20  # of pages waiting to be written; each keeps its block
 
 
@@ -73,7 +74,8 @@ class TieredStore:
         self.pages = self._memory.layers
         self._uses = Uses()
         self._rates = Rates(time.monotonic)
-        self._policy = functools.partial(make_policy, policy, self._uses, self._rates.page_cost)
+        chained = layout.window is None
+        self._policy = functools.partial(make_policy, policy, self._uses, self._rates.page_cost, chained=chained)
         self.pool = BlockPool(device_blocks, self._demote, self._policy())
         self._device = DeviceTier(layout, self.pool, self._memory)
         self._host = self._make_host(host_bytes) if host_bytes >= layout.page_bytes else None
@@ -110,9 +112,11 @@ class TieredStore:
         """Begins a sequence with the longest usable prefix of tokens[:-1]; see KVStore.open. Raises OutOfBlocks."""
         root = root_key(self._identity, owner)
         self.poll()  # not between search and placing: a fill that fails then would be taken for a page that is there
-        found = longest_prefix(root, pack(tokens[:-1]), self.pool, self._tiers)
+        windowed = self.layout.window is not None
+        needed = self.layout.first_needed if windowed else None
+        found = longest_prefix(root, pack(tokens[:-1]), self.pool, self._tiers, needed)
         hits = [(hit.tier, hit.page.key) for hit in found.pages]
-        reason = found.leave_out_slow(self._rates, self.layout.page_bytes, self.pool)
+        reason = "" if windowed else found.leave_out_slow(self._rates, self.layout.page_bytes, self.pool)
         try:
             count = self._fresh_blocks(found, len(tokens))
             self._room.spare(found.hits, count)
@@ -126,9 +130,10 @@ class TieredStore:
         self._place(sequence, found, fresh)
         sequence.reset_reason = reason
         if self._disk is not None:
-            self._keep_reused([hit.page for hit in found.hits])
+            self._keep_reused([hit.page for hit in found.hits if not hit.past])
             for hit in reversed(found.hits):
-                self._disk.touch(hit.page)
+                if not hit.past:
+                    self._disk.touch(hit.page)
         return sequence
 
     def _fresh_blocks(self, found: Prefix, total: int) -> int:
@@ -173,6 +178,9 @@ class TieredStore:
         host_room = (self._host.unheld if self._host is not None else 0) - sum(job.to_host for job in self._holds)
         for hit in found.hits:
             block = hit.block
+            if hit.past:
+                blocks.append(None)
+                continue
             if block is None and fresh:
                 block = fresh.pop()
                 self.pool.register(block, hit.page)
@@ -244,6 +252,13 @@ class TieredStore:
                     self.pool.abandon(block)
             self.pool.release(block)
 
+    def let_past(self, block: Block | None, held: Held | None) -> None:
+        """Drops a sequence's reference to a page that it does not need any more."""
+        if block is not None:
+            self.pool.release(block)
+        if held is not None:
+            held.let_go()
+
     def seal(self, sequence: Sequence, block: Block, page: PageId) -> None:
         """A block is full. A durable sequence's is queued to be written, unless the queue is full."""
         self.pool.seal(block, page)
@@ -262,9 +277,10 @@ class TieredStore:
         if self._disk is None or not sequence.durable:
             ticket.done = True
             return ticket
-        pages = [*sequence.pages, *([sequence.tail] if sequence.tail else [])]
+        first = min(sequence.first_needed, len(sequence.pages))
+        pages = [*sequence.pages[first:], *([sequence.tail] if sequence.tail else [])]
         jobs: list[Job] = []
-        for page, block in zip(pages, sequence.blocks, strict=False):  # reserved blocks may follow the last page
+        for page, block in zip(pages, sequence.blocks[first:], strict=False):  # reserved blocks may follow
             if not self._on_disk(page):
                 job = self._write_job(block, page) if block is not None else self._job_from_memory(page)
                 jobs += [job] if job is not None else []
@@ -341,6 +357,10 @@ class TieredStore:
     @property
     def capacity(self) -> int:
         """Tokens that one sequence can have at most, over all tiers."""
+        if self.layout.window is not None:
+            fits = len(self.pool.blocks) >= -(-self.layout.window // BLOCK_TOKENS) + WORKING_BLOCKS
+            if fits:
+                return UNLIMITED
         lower = sum(tier.capacity for tier in self._tiers)
         return BLOCK_TOKENS * (len(self.pool.blocks) + lower)
 
