@@ -43,8 +43,8 @@ def patient(tiered: TieredStore, tokens: list[int], *, durable: bool) -> Sequenc
 
 
 def places(tiered: TieredStore, sequence: Sequence) -> dict[Lies, int]:
-    whole = span(0, sequence.length, 0, sequence.block_table, sequence.away, tiered, torch.device("cpu"))
-    return {lies: sum(len(run) for run in whole.runs if run.lies is lies) for lies in Lies}
+    whole = span(0, sequence.length, 0, sequence.tables, tiered, torch.device("cpu"))
+    return {lies: sum(len(run) for run in whole.places[0].runs if run.lies is lies) for lies in Lies}
 
 
 @pytest.mark.parametrize(("host_pages", "disk"), [(64, False), (64, True), (12, True), (0, True)])
@@ -185,7 +185,7 @@ def test_slices_come_in_the_order_asked_for(tmp_path: Path) -> None:
     tiered = store(tmp_path, blocks=BLOCKS)
     sequence = opened(tiered, TEXT)
     grow(tiered, sequence, TEXT)
-    whole = span(0, sequence.length, 0, sequence.block_table, sequence.away, tiered, torch.device("cpu"))
+    whole = span(0, sequence.length, 0, sequence.tables, tiered, torch.device("cpu"))
     reader = Reader(tiered, [whole])
     with pytest.raises(ValueError, match="not read ahead"):
         reader.gather(2, whole, range(1024), torch.float32)

@@ -71,8 +71,8 @@ def assert_content(tiered: TieredStore, sequence: RunningSequence, tokens: Seque
     assert len(wanted) == sequence.length
     if not sequence.length:
         return
-    table, cpu = sequence.block_table, torch.device("cpu")
-    whole = span(0, sequence.length, 0, table, sequence.away, tiered, cpu)
+    cpu = torch.device("cpu")
+    whole = span(0, sequence.length, 0, sequence.tables, tiered, cpu)
     reader = Reader(tiered, [whole])
     try:
         for layer in sorted(tiered.pages):

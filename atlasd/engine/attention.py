@@ -48,16 +48,20 @@ class Step:
         self._pages = pages.pages
         self._on_layer = on_layer
         self._windows = {layer: group.window for group in pages.layout.groups for layer in group.layers}
-        device = spans[0].blocks.device
+        device = spans[0].places[0].blocks.device
         positions = [torch.arange(s.first, s.length, device=device) for s in spans]
-        self._block = torch.cat([s.blocks[p // BLOCK_TOKENS] for s, p in zip(spans, positions, strict=True)])
+        self._lanes = pages.lanes
+        self._blocks = [
+            torch.cat([s.places[lane].blocks[p // BLOCK_TOKENS] for s, p in zip(spans, positions, strict=True)])
+            for lane in range(len(spans[0].places))
+        ]  # by lane, int64 [rows]
         self._offset = torch.cat(positions) % BLOCK_TOKENS
         self._reader = Reader(pages, spans)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self._on_layer()
         to = self._pages[layer]
-        kv.append(to.values, to.scales, self._block, self._offset, key, value)
+        kv.append(to.values, to.scales, self._blocks[self._lanes[layer]], self._offset, key, value)
 
     def context(self, layer: int, span: Span, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """All of a span's K and V, [kv_heads, length, head_dim]."""
@@ -110,7 +114,7 @@ class Step:
             kv_heads, dim = to.values.shape[2], to.values.shape[4]
             return attention_cpu.Pages(addresses, to.values.dtype, kv_heads, dim, first=keys.start)
 
-        if not any(run.lies is Lies.AHEAD for run in span.runs):
+        if not any(run.lies is Lies.AHEAD for run in span.places[self._lanes[layer]].runs):
             whole = pages(range(parts[0].start, span.length))
             return attention_cpu.attend(query, whole, span.positions, call)[0].transpose(0, 1)
         found = [attention_cpu.partials(query, pages(keys), span.positions, call) for keys in parts]

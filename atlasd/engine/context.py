@@ -1,6 +1,7 @@
 """One session's context during a forward pass: where the K and V of each of its blocks are, and how to get at them.
 
 A block is in the device pool, in the RAM tier where that can be read in place, or among the slices that are read ahead.
+Layers that attend to everything and layers with a window may keep different blocks: each kind is a *lane*.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Protocol
 import torch
 from atlas_kernels import kv
 from atlas_kernels.attention import Variant, splits
-from atlas_tiers.base import BLOCK_TOKENS, PageLayout
+from atlas_tiers.base import BLOCK_TOKENS, PageLayout, Table
 from atlas_tiers.held import Held
-from atlas_tiers.stream import Pass, Want
+from atlas_tiers.stream import Slices, Want
 from atlas_tiers.tensors import LayerPages
 
 
@@ -23,10 +24,11 @@ class Pages(Protocol):
     """What a pass needs of a KVStore."""
 
     layout: PageLayout
+    lanes: dict[int, int]
     pages: dict[int, LayerPages]
     host_pages: dict[int, LayerPages]
 
-    def read_ahead(self, wants: Sequence[Want]) -> Pass: ...
+    def read_ahead(self, wants: Sequence[Want]) -> Slices: ...
 
 
 class Lies(enum.Enum):
@@ -62,14 +64,40 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
+class Places:
+    """Where one lane's blocks of a context are. `blocks`: int64 device blocks; -1 where a page is in none."""
+
+    blocks: torch.Tensor
+    runs: tuple[Run, ...]
+
+    @staticmethod
+    def of(table: Table, in_place: bool, device: torch.device) -> Places:
+        """`in_place`: whether attention may read the RAM tier where it is."""
+        blocks = torch.tensor(table.blocks, dtype=torch.int64, device=device)
+        runs: list[Run] = []
+        kinds = [_lies(block, table.away.get(n), in_place) for n, block in enumerate(table.blocks)]
+        begin = 0
+        for n in range(1, len(kinds) + 1):
+            if n == len(kinds) or kinds[n] is not kinds[begin]:
+                held = tuple(table.away[p] for p in range(begin, n) if p in table.away)
+                runs.append(Run(begin, n, kinds[begin], _rows(kinds[begin], blocks[begin:n], held), held))
+                begin = n
+        return Places(blocks, tuple(runs))
+
+    def cut(self, keys: range) -> list[Run]:
+        """The runs that the blocks of positions `keys` make."""
+        blocks = block_range(keys)
+        return [part for run in self.runs if (part := run.cut(blocks)) is not None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Span:
     """One session's part of a step: rows [start, stop) of the batch are positions [first, first + stop - start)."""
 
     start: int
     stop: int
     first: int
-    blocks: torch.Tensor  # int64 device blocks covering [0, length); -1 where a page is away
-    runs: tuple[Run, ...]
+    places: tuple[Places, ...]  # by lane
 
     @property
     def length(self) -> int:
@@ -83,31 +111,14 @@ class Span:
 
     @property
     def resident(self) -> bool:
-        """Whether the device pool has every block."""
-        return all(run.lies in (Lies.DEVICE, Lies.PAST) for run in self.runs)
+        """Whether the device pool has every block that is needed."""
+        return all(run.lies in (Lies.DEVICE, Lies.PAST) for places in self.places for run in places.runs)
 
 
-def span(
-    start: int,
-    stop: int,
-    first: int,
-    table: Sequence[int],
-    away: Mapping[int, Held],
-    pages: Pages,
-    device: torch.device,
-) -> Span:
-    """A session's part of a step; `table` and `away` as in KVSequence."""
-    blocks = torch.tensor(table, dtype=torch.int64, device=device)
-    runs: list[Run] = []
+def span(start: int, stop: int, first: int, tables: Sequence[Table], pages: Pages, device: torch.device) -> Span:
+    """A session's part of a step; `tables` as in KVSequence."""
     in_place = bool(pages.host_pages)
-    kinds = [_lies(block, away.get(n), in_place) for n, block in enumerate(table)]
-    begin = 0
-    for n in range(1, len(table) + 1):
-        if n == len(table) or kinds[n] is not kinds[begin]:
-            held = tuple(away[p] for p in range(begin, n) if p in away)
-            runs.append(Run(begin, n, kinds[begin], _rows(kinds[begin], blocks[begin:n], held), held))
-            begin = n
-    return Span(start, stop, first, blocks, tuple(runs))
+    return Span(start, stop, first, tuple(Places.of(table, in_place, device) for table in tables))
 
 
 def _lies(block: int, held: Held | None, in_place: bool) -> Lies:
@@ -136,21 +147,17 @@ def key_splits(span: Span, window: int | None) -> list[range]:
     return [range(max(keys.start, first), keys.stop) for keys in found]
 
 
-def wants(spans: Sequence[Span], layout: PageLayout) -> list[Want]:
+def wants(spans: Sequence[Span], layout: PageLayout, lanes: Mapping[int, int]) -> list[Want]:
     """The slices that attention over `spans` will not find at hand, in the order in which it asks for them."""
     windows = {layer: group.window for group in layout.groups for layer in group.layers}
     found: list[Want] = []
     for layer in sorted(windows):
         for each in spans:
             for keys in key_splits(each, windows[layer]):
-                held = [page for run in _cut(each, keys) if run.lies is Lies.AHEAD for page in run.held]
+                runs = each.places[lanes[layer]].cut(keys)
+                held = [page for run in runs if run.lies is Lies.AHEAD for page in run.held]
                 found += [Want(layer, held)] if held else []
     return found
-
-
-def _cut(span: Span, keys: range) -> list[Run]:
-    blocks = block_range(keys)
-    return [part for run in span.runs if (part := run.cut(blocks)) is not None]
 
 
 class Reader:
@@ -158,23 +165,23 @@ class Reader:
 
     def __init__(self, pages: Pages, spans: Sequence[Span]) -> None:
         self._pages = pages
-        needed = [] if all(span.resident for span in spans) else wants(spans, pages.layout)
+        needed = [] if all(span.resident for span in spans) else wants(spans, pages.layout, pages.lanes)
         self._ahead = pages.read_ahead(needed) if needed else None
 
     def gather(self, layer: int, span: Span, keys: range, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [kv_heads, len(keys), head_dim] at positions `keys`, which begin a block. Raises PageDamaged."""
-        runs = _cut(span, keys)
+        runs = span.places[self._pages.lanes[layer]].cut(keys)
         if len(runs) == 1 and runs[0].lies is Lies.DEVICE:
             both = self._read(self._pages.pages[layer], runs[0].rows, dtype)
         else:
-            both = self._join(layer, span, runs, dtype)
+            both = self._join(layer, runs, dtype)
         both = both.flatten(2, 3)[:, :, : len(keys)]
         return both[0], both[1]
 
-    def _join(self, layer: int, span: Span, runs: list[Run], dtype: torch.dtype) -> torch.Tensor:
+    def _join(self, layer: int, runs: list[Run], dtype: torch.dtype) -> torch.Tensor:
         """[2, kv_heads, blocks, BLOCK_TOKENS, head_dim], each run from where it lies. In fresh memory, as one run is:
         a matrix product may depend on its operands' alignment."""
-        device, taken = span.blocks.device, 0
+        device, taken = self._pages.pages[layer].values.device, 0
         slices = self._next(layer, runs)
         parts: list[torch.Tensor] = []
         for run in runs:
@@ -194,7 +201,7 @@ class Reader:
     def addresses(self, layer: int, span: Span, keys: range) -> torch.Tensor:
         """int64: where in memory the layer's slice of each block of `keys` begins; valid until the next split is asked
         for. On a CPU only. Raises PageDamaged."""
-        runs = _cut(span, keys)
+        runs = span.places[self._pages.lanes[layer]].cut(keys)
         slices = self._next(layer, runs)
         parts: list[torch.Tensor] = []
         taken = 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from atlas_tiers.held import Held
+from atlas_tiers.base import Table
 
 from atlasd.quant.linear import QuantizedLinear
 
@@ -23,13 +23,12 @@ SMALL_WORK = 1 << 24  # weights times rows
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """Tokens of one session at positions [first, first + len(tokens)); `sample`: the last row's logits are wanted.
-    `block_table` and `away` as in KVSequence."""
+    `tables` as in KVSequence."""
 
     tokens: Sequence[int]
     first: int
-    block_table: Sequence[int]
+    tables: Sequence[Table]
     sample: bool
-    away: Mapping[int, Held] = dataclasses.field(default_factory=dict)
 
 
 class Forward:
@@ -58,7 +57,7 @@ class Forward:
         spans, rows, start = [], [], 0
         for piece in pieces:
             stop = start + len(piece.tokens)
-            spans.append(span(start, stop, piece.first, piece.block_table, piece.away, self._store, device))
+            spans.append(span(start, stop, piece.first, piece.tables, self._store, device))
             if piece.sample:
                 rows.append(stop - 1)
             start = stop

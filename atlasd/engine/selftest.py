@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from atlas_client.errors import ErrorCode, ErrorReply
-from atlas_tiers.base import BLOCK_TOKENS, PageLayout
+from atlas_tiers.base import BLOCK_TOKENS, PageLayout, Table
 from atlas_tiers.device import DeviceMemory
-from atlas_tiers.stream import Pass, Want
+from atlas_tiers.stream import Slices, Want
 from atlas_tiers.tensors import LayerPages
 
 from . import attention
@@ -32,9 +32,10 @@ class _Pages:
     def __init__(self, loaded: LoadedModel) -> None:
         self.layout: PageLayout = dataclasses.replace(loaded.layout, dtype=loaded.info.dtype)  # not int8
         self.pages = DeviceMemory(self.layout, 3, str(loaded.device)).layers
+        self.lanes = dict.fromkeys(self.pages, 0)
         self.host_pages: dict[int, LayerPages] = {}
 
-    def read_ahead(self, wants: Sequence[Want]) -> Pass:
+    def read_ahead(self, wants: Sequence[Want]) -> Slices:
         raise ValueError(f"{len(wants)} slices of pages that are all in the pool")
 
 
@@ -60,7 +61,7 @@ def _paged(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
     forward = Forward(loaded, _Pages(loaded))
     first, logits = 0, torch.empty(0)
     for count in CHUNKS:
-        logits = forward([Piece(tokens[first : first + count], first, (2, 0), sample=True)])[0]
+        logits = forward([Piece(tokens[first : first + count], first, [Table([2, 0])], sample=True)])[0]
         first += count
     return logits
 

@@ -49,8 +49,8 @@ class Worker:
         self.loaded = loaded
         self.store = store
         self.link = link
-        blocks = store.stats()[0].total
-        self.scheduler = Scheduler(config.max_batch, min(config.prefill_chunk, max(1, blocks - 2) * BLOCK_TOKENS))
+        fits = max(1, store.pool_blocks - 2) * BLOCK_TOKENS
+        self.scheduler = Scheduler(config.max_batch, min(config.prefill_chunk, fits))
         self.forward = Forward(loaded, store)
         self.text = Text(loaded.tokenizer, loaded.vocab, loaded.max_context)
         self.steps = 0
@@ -293,7 +293,7 @@ class Worker:
     def _page_lost(self, requests: list[Request], error: PageDamaged) -> None:
         """A page that was away could not be read, and is gone: who had pages away begins again with what is left."""
         for request in reversed(requests):
-            if request.kv is not None and request.kv.away:
+            if request.kv is not None and any(table.away for table in request.kv.tables):
                 request.reset_reason = f"{error}: computed again"
                 self._preempt(request)
 
@@ -412,7 +412,7 @@ def _piece(part: Part) -> Piece:
     kv = part.request.kv
     assert kv is not None
     tokens = part.request.tokens[kv.length : kv.length + part.count]
-    return Piece(tokens, kv.length, kv.block_table, part.sample, kv.away)
+    return Piece(tokens, kv.length, kv.tables, part.sample)
 
 
 def _ids(raw: bytes) -> list[int]:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from atlas_tiers.base import BLOCK_TOKENS, PageLayout
+from atlas_tiers.base import BLOCK_TOKENS, PageLayout, Table
 from atlas_tiers.device import DeviceMemory
 from families import DEMO
 from report import row
@@ -35,6 +35,7 @@ class Pages:
     def __init__(self, layout: PageLayout) -> None:
         self.layout = layout
         self.pages = DeviceMemory(layout, WINDOW // BLOCK_TOKENS, "cpu").layers
+        self.lanes = dict.fromkeys(self.pages, 0)
         self.host_pages: dict[int, object] = {}
 
 
@@ -43,7 +44,7 @@ def logprobs(loaded: LoadedModel, layout: PageLayout, ids: torch.Tensor) -> torc
     """[len(ids), vocabulary]"""
     pages = Pages(layout)
     table = list(range(WINDOW // BLOCK_TOKENS))
-    whole = span(0, len(ids), 0, table, {}, pages, torch.device("cpu"))  # type: ignore[arg-type]
+    whole = span(0, len(ids), 0, [Table(table)], pages, torch.device("cpu"))  # type: ignore[arg-type]
     step = Step(pages, [whole])  # type: ignore[arg-type]
     positions = torch.arange(len(ids))[None]
     logits = loaded.model(input_ids=ids[None], position_ids=positions, use_cache=False, step=step).logits

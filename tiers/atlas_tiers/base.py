@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from .held import Held
     from .index import Entry
     from .keys import PageId
-    from .stream import Pass, Want
+    from .stream import Slices, Want
     from .tensors import LayerPages
 
 BLOCK_TOKENS = 64
 LAYOUT_VERSION = 1
+AWAY = -1  # in a table: the page is in no block
 SCALE_BYTES = 2  # float16, of int8 values
 
 
@@ -98,6 +99,11 @@ class PageLayout:
     @property
     def bytes_per_token(self) -> int:
         return self.page_bytes // BLOCK_TOKENS
+
+    def by_lane(self) -> list[PageLayout]:
+        """The groups whose layers attend to everything, then those with a window; one of them if there is one kind."""
+        kinds = [[g for g in self.groups if not g.window], [g for g in self.groups if g.window]]
+        return [PageLayout(tuple(groups), self.dtype) for groups in kinds if groups]
 
     def first_needed(self, length: int) -> int:
         """Of a sequence of `length` tokens, the first block that its next token attends to."""
@@ -212,19 +218,46 @@ class Ticket:
     pages: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Where a running sequence's pages are, in order: device blocks, AWAY for a page that is in none. `away`: by
+    position, those that are read from a lower tier in every pass. In neither: before every layer's window."""
+
+    blocks: Sequence[int]
+    away: Mapping[int, Held] = dataclasses.field(default_factory=dict)
+
+
 class KVSequence(Protocol):
     """One running sequence's pages. Engine thread only. States: restoring, ready, released."""
 
-    block_table: list[int]  # device blocks, in order, AWAY (-1) for a page in `away`; valid over [0, length) once ready
-    length: int  # tokens whose K/V is in the blocks
-    reused: int  # tokens found in the device pool
-    restored: int  # tokens brought from the host tier or disk
-    reset_reason: str  # why the usable prefix ended before the last token offered; "" when nothing was lost
-    ready: bool
+    @property
+    def tables(self) -> Sequence[Table]:
+        """By lane; valid to attend over [0, length) once ready, until the next reserve() of any sequence."""
+        ...
 
     @property
-    def away(self) -> Mapping[int, Held]:
-        """By position: pages that are read from a lower tier in every pass."""
+    def length(self) -> int:
+        """Tokens whose K/V is in the pages."""
+        ...
+
+    @property
+    def reused(self) -> int:
+        """Tokens found in the device pool."""
+        ...
+
+    @property
+    def restored(self) -> int:
+        """Tokens brought from the host tier or disk, or read there."""
+        ...
+
+    @property
+    def reset_reason(self) -> str:
+        """Why the usable prefix ended before the last token offered; "" when nothing was lost."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything that was found has been brought."""
         ...
 
     def reserve(self, count: int) -> None:
@@ -251,6 +284,7 @@ class KVStore(Protocol):
     """The engine's one handle on all tiers. Engine thread only; its own threads read and write pages."""
 
     layout: PageLayout
+    lanes: dict[int, int]  # by layer: which of a sequence's tables is its
     pages: dict[int, LayerPages]  # by layer: the device pool's blocks
     host_pages: dict[int, LayerPages]  # by layer: the RAM tier's places, where attention may read them in place
 
@@ -266,9 +300,14 @@ class KVStore(Protocol):
         tells nothing and is ignored."""
         ...
 
-    def read_ahead(self, wants: Sequence[Want]) -> Pass:
+    def read_ahead(self, wants: Sequence[Want]) -> Slices:
         """Starts bringing layer slices of away pages for one forward pass, in order. Raises PageDamaged later, in
         take(); close() ends the pass."""
+        ...
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks of the device pool, of the smallest where there are several."""
         ...
 
     @property

@@ -88,12 +88,13 @@ class Mover:
         counters: Counters,
         rates: Rates,
         readers: int,
+        event: threading.Event | None = None,
     ) -> None:
-        """`write_block(block, payload)` copies a verified page to the device."""
+        """`write_block(block, payload)` copies a verified page to the device. `event`: see below, if it is shared."""
         self._write_block, self._host, self._disk = write_block, host, disk
         self._counters, self._rates = counters, rates
         self.finished: deque[Job] = deque()
-        self.event = threading.Event()  # something is in `finished`
+        self.event = event or threading.Event()  # something is in `finished`
         self._reads: deque[ReadJob | HoldJob] = deque()
         self._writes: deque[WriteJob | TicketJob] = deque()
         self._writing = 0  # jobs taken from _writes, not yet settled

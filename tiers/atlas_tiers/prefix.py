@@ -63,6 +63,11 @@ class Prefix:
         return [*needed, self.tail.hit] if self.tail else needed
 
     @property
+    def length(self) -> int:
+        """Tokens."""
+        return BLOCK_TOKENS * len(self.hits) + (self.tail.used if self.tail else 0)
+
+    @property
     def blocks_needed(self) -> int:
         """Fresh blocks: for every page to be read, and for a tail that is read or copied."""
         return self.pages_needed + (self.tail is not None and not self.tail.owned)

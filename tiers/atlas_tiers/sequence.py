@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence as Tokens
 from typing import TYPE_CHECKING
 
-from .base import BLOCK_TOKENS, Ticket
+from .base import AWAY, BLOCK_TOKENS, Table, Ticket
 from .block import Block, State
 from .held import Held
 from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, pack
 
 if TYPE_CHECKING:
     from .store import TieredStore
-
-AWAY = -1  # in a block table: the page is in no block
 
 
 class Sequence:
@@ -38,6 +36,11 @@ class Sequence:
         self.length = self.reused = self.restored = 0
         self.reset_reason = ""
         self.ready = False
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """See KVSequence."""
+        return (Table(self.block_table, self.away),)
 
     @property
     def parent(self) -> bytes:

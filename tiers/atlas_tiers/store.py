@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Sequence as Tokens
 from typing import Any
@@ -63,15 +64,18 @@ class TieredStore:
         disk: DiskConfig | None,
         device: str = "cpu",
         policy: str = "lru",
+        event: threading.Event | None = None,
     ) -> None:
         """Raises StoreLocked when another engine has the directory, OSError or torch's error when memory is short.
         A directory that can't be used for another reason is a warning: the store then runs without the disk.
-        `policy`: how each tier chooses what to evict, one of evict.POLICIES; ValueError for another."""
+        `policy`: how each tier chooses what to evict, one of evict.POLICIES; ValueError for another. `event`: what
+        wait() waits for, if another store shares it."""
         self.layout = layout
         self._identity = identity_hash(identity, layout)
         self._counters = Counters()
         self._memory = DeviceMemory(layout, device_blocks, device)
         self.pages = self._memory.layers
+        self.lanes = dict.fromkeys(self.pages, 0)
         self._uses = Uses()
         self._rates = Rates(time.monotonic)
         chained = layout.window is None
@@ -81,7 +85,7 @@ class TieredStore:
         self._host = self._make_host(host_bytes) if host_bytes >= layout.page_bytes else None
         self._disk = self._open_disk(disk)
         self._tiers: list[Catalog[Any]] = [tier for tier in (self._host, self._disk) if tier is not None]
-        self._mover = Mover(self._memory.write, self._host, self._disk, self._counters, self._rates, READERS)
+        self._mover = Mover(self._memory.write, self._host, self._disk, self._counters, self._rates, READERS, event)
         self._room = Room(
             self.pool, self._memory, self._host, self._disk, self._counters, self._write_behind, lambda: self.writing
         )
@@ -108,15 +112,26 @@ class TieredStore:
 
     # --- sequences ---------------------------------------------------------------------------------
 
-    def open(self, tokens: Tokens[int], owner: str, *, durable: bool) -> Sequence:
-        """Begins a sequence with the longest usable prefix of tokens[:-1]; see KVStore.open. Raises OutOfBlocks."""
+    def usable(self, tokens: Tokens[int], owner: str) -> int:
+        """How many of tokens[:-1] open() would find now."""
+        self.poll()
+        found = self._search(tokens[:-1], owner)
+        found.give_up(self.pool)
+        return found.length
+
+    def _search(self, tokens: Tokens[int], owner: str) -> Prefix:
+        needed = self.layout.first_needed if self.layout.window is not None else None
+        return longest_prefix(root_key(self._identity, owner), pack(tokens), self.pool, self._tiers, needed)
+
+    def open(self, tokens: Tokens[int], owner: str, *, durable: bool, limit: int | None = None) -> Sequence:
+        """Begins a sequence with the longest usable prefix of tokens[:-1]; see KVStore.open. Raises OutOfBlocks.
+        `limit`: take just so many tokens of it, whatever reading them costs; usable() said that it can be done."""
         root = root_key(self._identity, owner)
         self.poll()  # not between search and placing: a fill that fails then would be taken for a page that is there
-        windowed = self.layout.window is not None
-        needed = self.layout.first_needed if windowed else None
-        found = longest_prefix(root, pack(tokens[:-1]), self.pool, self._tiers, needed)
+        found = self._search(tokens[:-1][:limit], owner)
         hits = [(hit.tier, hit.page.key) for hit in found.pages]
-        reason = "" if windowed else found.leave_out_slow(self._rates, self.layout.page_bytes, self.pool)
+        free = limit is None and self.layout.window is None
+        reason = found.leave_out_slow(self._rates, self.layout.page_bytes, self.pool) if free else ""
         try:
             count = self._fresh_blocks(found, len(tokens))
             self._room.spare(found.hits, count)
@@ -353,6 +368,11 @@ class TieredStore:
     def writing(self) -> bool:
         """Whether queued writes, or reads that nobody wants any more, hold blocks: OutOfBlocks may pass by itself."""
         return bool(self._queued or self._fills or self._holds)
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks of the device pool."""
+        return len(self.pool.blocks)
 
     @property
     def capacity(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 
@@ -29,6 +30,19 @@ class Want:
 
     layer: int
     pages: Sequence[Held]
+
+
+class Slices(Protocol):
+    """The slices of one forward pass, one after the other."""
+
+    def take(self, layer: int) -> LayerPages:
+        """The next slices, valid until the next call. Raises PageDamaged, and ValueError when `layer` is not the one
+        whose turn it is."""
+        ...
+
+    def close(self) -> None:
+        """Waits for the reads that are under way: buffers and pins may be used otherwise then."""
+        ...
 
 
 @dataclasses.dataclass
