@@ -1,7 +1,7 @@
 """The compiled CPU kernels against the speed at which the same bytes can be read, in turn in one process.
 
-Linear layers of 8-bit floats at 1 to 16 rows, in the shapes of a 1.1B model and of the bundled one; paged attention over
-a long context. A reading and a computation alternate, and the ratio is the median over the pairs.
+Linear layers of 8-bit floats at 1 to 16 rows, in the shapes of a 1.1B model and of the bundled one; paged attention
+over a long context. A reading and a computation alternate, and the ratio is the median over the pairs.
 """
 
 from __future__ import annotations
