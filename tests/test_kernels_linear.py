@@ -11,7 +11,7 @@ from atlas_kernels import dispatch, linear_torch
 from atlas_kernels.cpu.library import Level
 from atlas_kernels.dispatch import quantized_linear
 from atlas_kernels.errors import KernelInputError
-from atlas_kernels.linear_cpu import MAX_ROWS, linear
+from atlas_kernels.linear_cpu import MAX_ROWS, linear, linear_by_panels
 from atlas_kernels.reference import PackedWeight, dequantize
 from kernel_support import Guarded, compiled, each_level, poisoned
 from torch import Tensor
@@ -99,6 +99,20 @@ def test_a_row_does_not_depend_on_the_batch_nor_on_threads(outputs: int, inputs:
 
 
 @each_level
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("block", [128, 64, 33])
+@pytest.mark.parametrize(("outputs", "inputs"), [*SHAPES, (1100, 1024)])
+def test_panels_give_what_plain_torch_gives(outputs: int, inputs: int, block: int, name: str, level: Level) -> None:
+    weight, bias = packed(outputs, inputs, name, block, z=2.0), torch.randn(outputs)
+    x = torch.randn(2, 17, inputs)
+    for threads in (1, 2):
+        y = linear_by_panels(x, weight, bias, threads=threads, level=level)
+        assert torch.equal(y, linear_torch.linear(x, weight, bias))
+    half = x.bfloat16()
+    assert torch.equal(linear_by_panels(half, weight, None, level=level), linear_torch.linear(half, weight, None))
+
+
+@each_level
 @pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e8, 1e30])
 def test_no_scale_of_the_weights_costs_accuracy(scale: float, level: Level) -> None:
     make = torch.Generator().manual_seed(7)
@@ -121,6 +135,7 @@ def test_nothing_is_read_beside_a_buffer(
         x, bias = torch.randn(rows, inputs), torch.randn(outputs)
         y = linear(guarded.copy(x, at_end=at_end), weight, guarded.copy(bias, at_end=at_end), level=level)
         close(y, x, plain, bias)
+        assert torch.equal(linear_by_panels(x, weight, bias, level=level), linear_torch.linear(x, plain, bias))
 
 
 @each_level
@@ -130,6 +145,8 @@ def test_an_index_out_of_range_reads_no_other_memory(level: Level, guarded: Guar
     wrong[::2] = 32767
     y = linear(guarded.copy(torch.ones(2, 64), at_end=True), dataclasses.replace(weight, outlier_index=wrong), None)
     assert bool(y.isfinite().all())
+    panels = linear_by_panels(torch.ones(2, 64), dataclasses.replace(weight, outlier_index=wrong), None, level=level)
+    assert bool(panels.isfinite().all())
 
 
 def test_no_rows_and_leading_shapes() -> None:
@@ -147,7 +164,7 @@ def test_a_weight_in_pieces_is_refused() -> None:
         linear(torch.zeros(1, 32), dataclasses.replace(weight, codes=weight.codes[:, :32]), None)
 
 
-def test_callers_get_it_for_few_rows_and_torch_for_many() -> None:
+def test_callers_get_it_for_few_rows_and_panels_for_many() -> None:
     weight, bias = packed(96, 384), torch.randn(96)
     x = torch.randn(MAX_ROWS + 1, 384)
     assert dispatch.compiled()

@@ -28,9 +28,10 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Te
         )
     if device != weight.codes.device:
         raise KernelInputError(f"activations are on {device}, the weight is on {weight.codes.device}")
-    few = device.type == "cpu" and x.numel() <= linear_cpu.MAX_ROWS * inputs
-    if few and not (x.requires_grad and torch.is_grad_enabled()) and compiled():
-        return linear_cpu.linear(x, weight, bias, threads=torch.get_num_threads())
+    if device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled()) and compiled():
+        few = x.numel() <= linear_cpu.MAX_ROWS * inputs
+        compute = linear_cpu.linear if few else linear_cpu.linear_by_panels
+        return compute(x, weight, bias, threads=torch.get_num_threads())
     return linear_torch.linear(x, weight, bias)
 
 

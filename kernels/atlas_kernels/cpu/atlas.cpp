@@ -28,6 +28,7 @@ namespace portable {
 #include "attention.h"
 #include "decode.h"
 #include "linear.h"
+#include "panel.h"
 #undef DECODE
 #undef TARGET
 } // namespace portable
@@ -40,6 +41,7 @@ namespace avx2 {
 #include "attention.h"
 #include "decode.h"
 #include "linear.h"
+#include "panel.h"
 #undef DECODE
 #undef TARGET
 } // namespace avx2
@@ -52,6 +54,7 @@ namespace avx512 {
 #include "attention.h"
 #include "decode.h"
 #include "linear.h"
+#include "panel.h"
 #undef WIDE
 #undef DECODE
 #undef TARGET
@@ -73,6 +76,7 @@ using Row = void (*)(const Merge &, int64_t, int64_t);
 
 using Arrange = void (*)(const Linear &, int64_t, float *);
 using Outputs = void (*)(const Linear &, const float *, int64_t, int64_t, int64_t, float *);
+using Panel = void (*)(const Linear &, int64_t, int64_t, float *);
 using Read = float (*)(const float *, int64_t);
 
 struct Kernels {
@@ -80,6 +84,7 @@ struct Kernels {
     Row row;
     Arrange arrange;
     Outputs outputs;
+    Panel panel;
     Read read;
 };
 
@@ -102,11 +107,14 @@ inline int best_level() {
 inline const Kernels *kernels(int level) {
     static const int best = best_level();
     static const Kernels all[] = {
-        {portable::attend_unit, portable::merge_row, portable::arrange, portable::linear_unit, portable::read_unit},
+        {portable::attend_unit, portable::merge_row, portable::arrange, portable::linear_unit, portable::panel_unit,
+         portable::read_unit},
 #if defined(__x86_64__)
-        {avx2::attend_unit, avx2::merge_row, avx2::arrange, avx2::linear_unit, avx2::read_unit},
-        {avx512::attend_unit, avx512::merge_row, avx512::arrange, avx512::linear_unit, avx512::read_unit},
-        {avx512::attend_unit, avx512::merge_row, vbmi::arrange, vbmi::linear_unit, vbmi::read_unit},
+        {avx2::attend_unit, avx2::merge_row, avx2::arrange, avx2::linear_unit, avx2::panel_unit, avx2::read_unit},
+        {avx512::attend_unit, avx512::merge_row, avx512::arrange, avx512::linear_unit, avx512::panel_unit,
+         avx512::read_unit},
+        {avx512::attend_unit, avx512::merge_row, vbmi::arrange, vbmi::linear_unit, avx512::panel_unit,
+         vbmi::read_unit},
 #endif
     };
     return level < 0 || level > best ? nullptr : &all[level];
@@ -190,6 +198,18 @@ inline int run_linear(const Linear &a, const Kernels *k) {
     return kDone;
 }
 
+struct Decoding { // the units of one call: runs of outputs of [from, to)
+    const Linear *a;
+    const Kernels *k;
+    int64_t from, to, each;
+};
+
+inline void run_panel(void *context, int64_t piece) {
+    const Decoding &all = *static_cast<Decoding *>(context);
+    const int64_t from = all.from + piece * all.each, to = from + all.each;
+    all.k->panel(*all.a, from, to < all.to ? to : all.to, all.a->out + (from - all.from) * all.a->inputs);
+}
+
 struct Reading {
     const float *at;
     int64_t count;
@@ -245,6 +265,15 @@ EXPORT int atlas_attend(const atlas::Attention *a, float *out, float *lse) {
 EXPORT int atlas_linear(const atlas::Linear *a) {
     const atlas::Kernels *k = atlas::kernels(a->level);
     return k ? atlas::run_linear(*a, k) : atlas::kNoSuchLevel;
+}
+
+// Outputs [from, to) of the weight as floats: a->out [to - from, inputs]. The activations are not used.
+EXPORT int atlas_panel(const atlas::Linear *a, int64_t from, int64_t to) {
+    const atlas::Kernels *k = atlas::kernels(a->level);
+    if (!k) return atlas::kNoSuchLevel;
+    atlas::Decoding all{a, k, from, to, (1 << 15) / a->inputs + 1};
+    atlas::pool().run(atlas::run_panel, &all, (to - from + all.each - 1) / all.each, a->threads);
+    return atlas::kDone;
 }
 
 // Reads `count` floats once, on up to `threads` threads: the limit that a benchmark sets the kernels against.
