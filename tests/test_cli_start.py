@@ -167,6 +167,7 @@ def test_doctor_names_what_is_broken(root: Path) -> None:
     assert not found["ok"]
     assert states["daemon"]["state"] == "broken"
     assert "atlasctl up" in states["daemon"]["mend"]
-    for name in ("python", "packages", "disk", "state", "cpu", "kernels"):
+    for name in ("python", "packages", "disk", "state", "cpu"):
         assert states[name]["state"] == "ok", states[name]
+    assert states["kernels"]["state"] in ("ok", "warning")  # there may be no compiler
     assert all(check["mend"] for check in found["checks"] if check["state"] != "ok")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from atlas_client.cli.doctor import kernels
 from atlas_kernels.cpu import library as made
 from atlas_kernels.cpu.library import Library, Unavailable, find, find_compiler, obtain
 
@@ -141,7 +142,29 @@ def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPa
         obtain(tmp_path / "kernels")
     assert "g++" in caught.value.next_step
     assert not (tmp_path / "kernels").exists()
-    assert made.describe() == ("torch: no C++ compiler for the faster kernels", "`sudo apt install g++`")
+    said = kernels()
+    assert (said.state, said.mend) == ("warning", "`sudo apt install g++`")
+    assert "no C++ compiler" in said.found
+
+
+FALLBACK = """
+import logging, sys, torch
+logging.basicConfig(stream=sys.stdout)
+from atlas_kernels.dispatch import quantized_linear
+from atlas_kernels.reference import linear
+from atlasd.quant.formats import Recipe
+from atlasd.quant.quantize import quantize
+weight, x = quantize(torch.randn(40, 200), Recipe()).weight, torch.randn(2, 200)
+for _ in range(3):
+    assert torch.allclose(quantized_linear(x, weight, None), linear(x, weight, None), atol=1e-4)
+"""
+
+
+def test_without_a_compiler_linear_layers_run_in_torch_and_it_is_said_once(tmp_path: Path) -> None:
+    env = os.environ | {"PATH": "", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FALLBACK], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no C++ compiler") == 1
 
 
 @needs_compiler

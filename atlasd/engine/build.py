@@ -41,7 +41,7 @@ def build_worker(spec: EngineSpec, directory: Path, config: Config, link: Link, 
     torch.set_grad_enabled(False)
     loaded = load(spec.model, directory, config, report)
     if loaded.device.type == "cpu":
-        compiled()  # now, not in the first request
+        compiled()  # ten seconds or more the first time on a machine: now, not in the first request
     selftest.check(loaded)
     info = loaded.info
     log.info("%s on %s (%s), %d layers quantized", info.architecture, info.device, info.dtype, info.layers_quantized)

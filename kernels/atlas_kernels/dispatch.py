@@ -8,7 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
-from atlas_kernels import linear_torch
+from atlas_kernels import linear_cpu, linear_torch
 from atlas_kernels.cpu.library import Unavailable, library
 from atlas_kernels.errors import KernelInputError
 from atlas_kernels.reference import PackedWeight
@@ -21,12 +21,17 @@ def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Te
 
     Raises KernelInputError for a wrong shape, dtype or device.
     """
-    if x.shape[-1] != weight.codes.shape[1] or not x.is_floating_point():
+    inputs, device = x.shape[-1], x.device
+    if inputs != weight.codes.shape[1] or not x.is_floating_point():
         raise KernelInputError(
             f"activations {x.dtype} {tuple(x.shape)} do not fit a weight of {tuple(weight.codes.shape)}"
         )
-    if x.device != weight.codes.device:
-        raise KernelInputError(f"activations are on {x.device}, the weight is on {weight.codes.device}")
+    if device != weight.codes.device:
+        raise KernelInputError(f"activations are on {device}, the weight is on {weight.codes.device}")
+    if device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled()) and compiled():
+        few = x.numel() <= linear_cpu.MAX_ROWS * inputs
+        compute = linear_cpu.linear if few else linear_cpu.linear_by_panels
+        return compute(x, weight, bias, threads=torch.get_num_threads())
     return linear_torch.linear(x, weight, bias)
 
 

@@ -1,183 +1,99 @@
-// Kernels for the CPU behind a plain C interface. One translation unit: the bodies in attention.h are
+// Kernels for the CPU behind a plain C interface. One translation unit: the bodies in attention.h and linear.h are
 // compiled once for each instruction set, and what the processor has is asked at run time. No option of the compiler
 // names an instruction set, so the same file runs everywhere.
 //
 // Numbers: float32 throughout. Every function returns 0, or a negative code (see Status).
 
 #include "pool.h"
+#include "types.h"
 
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace atlas {
 
-enum Status : int { kDone = 0, kNoSuchLevel = -1, kNoMemory = -2 };
-enum Level : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kVbmi = 3 };
-enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
-
-constexpr int kBlock = 64;       // tokens in a KV block
-constexpr int kSplitBlocks = 16; // blocks in a split
-
-struct Half { uint16_t bits; };
-struct Brain { uint16_t bits; };
-
-inline float from_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-inline float number(float x) { return x; }
-inline float number(int8_t x) { return x; }
-inline float number(Brain x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
-inline float number(Half x) {
-    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7FFF;
-    if (rest >= 0x7C00) return from_bits(sign | 0x7F800000 | (rest & 0x3FF) << 13);
-    if (rest < 0x400) return from_bits(sign | 0x3F800000) * (static_cast<float>(rest) * 0x1p-24f); // no denormal input
-    return from_bits(sign | ((rest << 13) + 0x38000000));
-}
-
-// Field by field what attention_cpu.py fills in.
-struct Attention {
-    const float *q;                      // [rows, heads, dim] by the two strides, dim contiguous
-    int64_t q_row_stride, q_head_stride; // in floats
-    int64_t rows, heads, kv_heads, dim;
-    const int64_t *positions; // [rows]
-    // [count] addresses; `offset` bytes further lies the layer's slice: K [G, 64, D], V [G, 64, D], then for int8
-    // float16 scales [2, G, 64]. The first block starts at position `first`, a multiple of 64.
-    const int64_t *blocks;
-    int64_t count, first, offset;
-    int64_t window;           // 0: none
-    const float *sinks;       // [heads] or null; used where partials are merged
-    float scale, softcap;     // softcap 0: none
-    int32_t dtype, level, threads;
-};
-
-struct Merge {
-    const float *parts, *part_lse; // [S, T, H, D], [S, H, T]
-    int64_t splits, rows, heads, dim;
-    const float *sinks;
-    float *out, *lse;
-};
-
-// The keys [low, high) of the block at `base` that a row at `position` sees.
-inline void seen(const Attention &a, int64_t position, int64_t base, int &low, int &high) {
-    const int64_t from = a.window ? position - a.window + 1 - base : 0, to = position + 1 - base;
-    low = static_cast<int>(from < 0 ? 0 : from > kBlock ? kBlock : from);
-    high = static_cast<int>(to < 0 ? 0 : to > kBlock ? kBlock : to);
-}
-
-// How many keys of the block are read: up to the last one that a row sees; 0 when none does.
-inline int keys_in(const Attention &a, int64_t base) {
-    int most = 0;
-    for (int64_t t = 0; t < a.rows; ++t) {
-        int low, high;
-        seen(a, a.positions[t], base, low, high);
-        if (low < high && high > most) most = high;
-    }
-    return most;
-}
-
-struct Free {
-    void operator()(void *p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float, Free>;
-
-inline Floats floats(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
-    return Floats(static_cast<float *>(std::aligned_alloc(64, bytes ? bytes : 64)));
-}
-
-// Memory that is wanted soon: `jump` further lies a second run of the same length. Fetched a little at a time among
-// the arithmetic, which would otherwise alternate with waiting.
-struct Ahead {
-    const char *at = nullptr, *end = nullptr;
-    int64_t jump = 0;
-    int lines = 0; // in one step
-
-    void step() {
-        for (int i = 0; i < lines && at < end; ++i, at += 64) {
-            __builtin_prefetch(at, 0, 2);
-            __builtin_prefetch(at + jump, 0, 2);
-        }
-    }
-};
-
-struct Scratch { // of one thread, for one unit
-    float *keys, *values, *q, *acc, *top, *sum;
-    Ahead ahead;
-};
-
-inline int64_t scratch_floats(const Attention &a) {
-    const int64_t padded = (a.dim + 15) / 16 * 16, all = a.rows * (a.heads / a.kv_heads);
-    return 2 * kBlock * padded + all * (2 * padded + 2) + 64;
-}
-
-inline Scratch divide(const Attention &a, float *at) {
-    const int64_t padded = (a.dim + 15) / 16 * 16, all = a.rows * (a.heads / a.kv_heads);
-    Scratch s;
-    s.keys = at;
-    s.values = s.keys + kBlock * padded;
-    s.q = s.values + kBlock * padded;
-    s.acc = s.q + all * padded;
-    s.top = s.acc + all * padded;
-    s.sum = s.top + all;
-    return s;
-}
-
-// The next block's K and V of one head, in `steps` steps.
-inline Ahead ahead_of(const Attention &a, int64_t block, int64_t head, int n, int64_t steps) {
-    const int64_t width = a.dtype == kFloat32 ? 4 : a.dtype == kInt8 ? 1 : 2, size = kBlock * a.dim * width;
-    Ahead next;
-    next.at = reinterpret_cast<const char *>(a.blocks[block] + a.offset) + head * size;
-    next.end = next.at + n * a.dim * width;
-    next.jump = a.kv_heads * size;
-    next.lines = static_cast<int>(n * a.dim * width / 64 / steps + 1);
-    return next;
-}
-
 #define INLINE TARGET static inline __attribute__((always_inline))
+
+#define DECODE_TABLE 0
+#define DECODE_HALF 1
+#define DECODE_BYTES 2
 
 namespace portable {
 #define TARGET
+#define DECODE DECODE_TABLE
 #include "simd_portable.h"
 #include "attention.h"
+#include "decode.h"
+#include "linear.h"
+#include "panel.h"
+#undef DECODE
 #undef TARGET
 } // namespace portable
 
 #if defined(__x86_64__)
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
+#define DECODE DECODE_HALF
 #include "simd_avx2.h"
 #include "attention.h"
+#include "decode.h"
+#include "linear.h"
+#include "panel.h"
+#undef DECODE
 #undef TARGET
 } // namespace avx2
 
 namespace avx512 {
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+#define DECODE DECODE_HALF
+#define WIDE
 #include "simd_avx512.h"
 #include "attention.h"
+#include "decode.h"
+#include "linear.h"
+#include "panel.h"
+#undef WIDE
+#undef DECODE
 #undef TARGET
 } // namespace avx512
+
+namespace vbmi {
+#define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")))
+#define DECODE DECODE_BYTES
+#include "simd_avx512.h"
+#include "decode.h"
+#include "linear.h"
+#undef DECODE
+#undef TARGET
+} // namespace vbmi
 #endif
 
 using Unit = void (*)(const Attention &, int64_t, int64_t, int64_t, Scratch &, float *, float *);
 using Row = void (*)(const Merge &, int64_t, int64_t);
 
+using Arrange = void (*)(const Linear &, int64_t, float *);
+using Outputs = void (*)(const Linear &, const float *, int64_t, int64_t, int64_t, float *);
+using Panel = void (*)(const Linear &, int64_t, int64_t, float *);
+using Read = float (*)(const float *, int64_t);
+
 struct Kernels {
     Unit unit;
     Row row;
+    Arrange arrange;
+    Outputs outputs;
+    Panel panel;
+    Read read;
 };
 
 inline int best_level() {
 #if defined(__x86_64__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); // older compilers do not know it by name
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
-        return kPortable;
+    if (!f16c || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kPortable;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
         return kAvx2;
@@ -191,11 +107,14 @@ inline int best_level() {
 inline const Kernels *kernels(int level) {
     static const int best = best_level();
     static const Kernels all[] = {
-        {portable::attend_unit, portable::merge_row},
+        {portable::attend_unit, portable::merge_row, portable::arrange, portable::linear_unit, portable::panel_unit,
+         portable::read_unit},
 #if defined(__x86_64__)
-        {avx2::attend_unit, avx2::merge_row},
-        {avx512::attend_unit, avx512::merge_row},
-        {avx512::attend_unit, avx512::merge_row},
+        {avx2::attend_unit, avx2::merge_row, avx2::arrange, avx2::linear_unit, avx2::panel_unit, avx2::read_unit},
+        {avx512::attend_unit, avx512::merge_row, avx512::arrange, avx512::linear_unit, avx512::panel_unit,
+         avx512::read_unit},
+        {avx512::attend_unit, avx512::merge_row, vbmi::arrange, vbmi::linear_unit, avx512::panel_unit,
+         vbmi::read_unit},
 #endif
     };
     return level < 0 || level > best ? nullptr : &all[level];
@@ -244,6 +163,68 @@ inline int run_splits(const Attention &a, const Kernels *k, float *parts, float 
     return all.failed ? kNoMemory : kDone;
 }
 
+constexpr int64_t kLinearStep = 64; // a multiple of every CHUNK
+
+struct Rows { // the units of one call: runs of outputs
+    const Linear *a;
+    const Kernels *k;
+    const float *x;
+    int64_t stride, each;
+    float *scratch; // [pieces, stride], or null where no unit needs any
+};
+
+inline void run_rows(void *context, int64_t piece) {
+    const Rows &all = *static_cast<Rows *>(context);
+    const int64_t from = piece * all.each, to = from + all.each;
+    float *w = all.scratch ? all.scratch + piece * all.stride : nullptr;
+    all.k->outputs(*all.a, all.x, all.stride, from, to < all.a->outputs ? to : all.a->outputs, w);
+}
+
+inline int run_linear(const Linear &a, const Kernels *k) {
+    Rows all;
+    all.a = &a;
+    all.k = k;
+    all.stride = (a.inputs + kLinearStep - 1) / kLinearStep * kLinearStep;
+    all.each = ((1 << 16) / a.inputs + 4) / 4 * 4; // some 64 KiB of codes
+    const int64_t pieces = (a.outputs + all.each - 1) / all.each;
+    const bool any = a.block % kLinearStep != 0;
+    Floats memory = floats((a.rows + (any ? pieces : 0)) * all.stride);
+    if (!memory) return kNoMemory;
+    all.x = memory.get();
+    all.scratch = any ? memory.get() + a.rows * all.stride : nullptr;
+    k->arrange(a, all.stride, memory.get());
+    const bool small = a.inputs * a.outputs * (a.rows + 3) < (1 << 20); // less than some 20 us
+    pool().run(run_rows, &all, pieces, small ? 1 : a.threads);
+    return kDone;
+}
+
+struct Decoding { // the units of one call: runs of outputs of [from, to)
+    const Linear *a;
+    const Kernels *k;
+    int64_t from, to, each;
+};
+
+inline void run_panel(void *context, int64_t piece) {
+    const Decoding &all = *static_cast<Decoding *>(context);
+    const int64_t from = all.from + piece * all.each, to = from + all.each;
+    all.k->panel(*all.a, from, to < all.to ? to : all.to, all.a->out + (from - all.from) * all.a->inputs);
+}
+
+struct Reading {
+    const float *at;
+    int64_t count;
+    const Kernels *k;
+    std::atomic<float> sum{0.0f};
+};
+
+constexpr int64_t kReadPiece = 1 << 16;
+
+inline void run_read(void *context, int64_t piece) {
+    Reading &r = *static_cast<Reading *>(context);
+    const int64_t from = piece * kReadPiece, rest = r.count - from;
+    r.sum = r.k->read(r.at + from, rest < kReadPiece ? rest : kReadPiece); // stored so that it is not left out
+}
+
 } // namespace atlas
 
 EXPORT int atlas_best_level() { return atlas::best_level(); }
@@ -278,4 +259,31 @@ EXPORT int atlas_attend(const atlas::Attention *a, float *out, float *lse) {
     if (int failed = atlas::run_splits(*a, k, parts, part_lse)) return failed;
     const atlas::Merge m{parts, part_lse, splits, a->rows, a->heads, a->dim, a->sinks, out, lse};
     return atlas_merge(&m, a->level);
+}
+
+// x [rows, inputs] times the packed weight transposed, plus bias: out [rows, outputs].
+EXPORT int atlas_linear(const atlas::Linear *a) {
+    const atlas::Kernels *k = atlas::kernels(a->level);
+    return k ? atlas::run_linear(*a, k) : atlas::kNoSuchLevel;
+}
+
+// Outputs [from, to) of the weight as floats: a->out [to - from, inputs]. The activations are not used.
+EXPORT int atlas_panel(const atlas::Linear *a, int64_t from, int64_t to) {
+    const atlas::Kernels *k = atlas::kernels(a->level);
+    if (!k) return atlas::kNoSuchLevel;
+    atlas::Decoding all{a, k, from, to, (1 << 15) / a->inputs + 1};
+    atlas::pool().run(atlas::run_panel, &all, (to - from + all.each - 1) / all.each, a->threads);
+    return atlas::kDone;
+}
+
+// Reads `count` floats once, on up to `threads` threads: the limit that a benchmark sets the kernels against.
+EXPORT int atlas_read(const float *at, int64_t count, int level, int threads) {
+    const atlas::Kernels *k = atlas::kernels(level);
+    if (!k) return atlas::kNoSuchLevel;
+    atlas::Reading r;
+    r.at = at;
+    r.count = count;
+    r.k = k;
+    atlas::pool().run(atlas::run_read, &r, (count + atlas::kReadPiece - 1) / atlas::kReadPiece, threads);
+    return atlas::kDone;
 }

@@ -32,14 +32,6 @@ INLINE V capped(V x, float cap) {
     return set1(cap) * (set1(1.0f) - set1(2.0f) / (exponential(y) + set1(1.0f)));
 }
 
-INLINE float sum_of(V v) {
-    float x[W];
-    store(x, v);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) x[i] += x[i + half];
-    return x[0];
-}
-
 INLINE float largest_of(V v) {
     float x[W];
     store(x, v);

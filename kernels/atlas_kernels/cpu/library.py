@@ -105,8 +105,11 @@ def find_compiler() -> str | None:
 def describe() -> tuple[str, str]:
     """What there is, for a person, and the step that mends it ("" when nothing is missing). Compiles nothing."""
     cache, compiler = cache_dir(), find_compiler()
-    if kept := find(cache, compiler):
-        return f"compiled ({kept.name})", ""
+    try:
+        if kept := find(cache, compiler):
+            return f"compiled ({kept.name})", ""
+    except Unavailable as error:
+        return f"torch: {error}", error.next_step
     if exposed := cache.is_dir() and _exposed(cache):
         return f"torch: {exposed}", f"`chmod 700 {cache}`"
     if compiler is None:

@@ -6,6 +6,12 @@ INLINE V set1(float x) { return _mm256_set1_ps(x); }
 INLINE V load(const float *p) { return _mm256_loadu_ps(p); }
 INLINE void store(float *p, V v) { _mm256_storeu_ps(p, v); }
 INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+INLINE float sum_of(V v) {
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
 INLINE V maximum(V a, V b) { return _mm256_max_ps(a, b); } // b when either is NaN
 INLINE V minimum(V a, V b) { return _mm256_min_ps(a, b); }
 INLINE V rounded(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

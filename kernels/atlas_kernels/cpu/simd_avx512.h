@@ -7,6 +7,13 @@ INLINE V set1(float x) { return _mm512_set1_ps(x); }
 INLINE V load(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void store(float *p, V v) { _mm512_storeu_ps(p, v); }
 INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+INLINE float sum_of(V v) {
+    __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
 INLINE V maximum(V a, V b) { return _mm512_max_ps(a, b); } // b when either is NaN
 INLINE V minimum(V a, V b) { return _mm512_min_ps(a, b); }
 INLINE V rounded(V a) { return _mm512_roundscale_ps(a, 0); }

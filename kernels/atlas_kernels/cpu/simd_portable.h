@@ -11,6 +11,8 @@ INLINE V load(const float *p) {
 }
 INLINE void store(float *p, V v) { std::memcpy(p, &v, sizeof v); }
 INLINE V fma(V a, V b, V c) { return a * b + c; }
+INLINE float fma1(float a, float b, float c) { return a * b + c; }
+INLINE float sum_of(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 INLINE V maximum(V a, V b) { return a > b ? a : b; } // b when either is NaN
 INLINE V minimum(V a, V b) { return a < b ? a : b; }
 INLINE V rounded(V a) {

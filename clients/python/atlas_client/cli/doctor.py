@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -198,10 +199,10 @@ def kernels() -> Check:
     spec = importlib.util.find_spec("atlas_kernels")
     if spec is None or not spec.submodule_search_locations:
         return Check("kernels", GOOD, "not installed here (client only)")
-    built = [Path(hit).name for place in spec.submodule_search_locations for hit in Path(place).rglob("*.so")]
+    found, mend = importlib.import_module("atlas_kernels.cpu.library").describe()
     triton = _version("triton")
-    parts = [f"CPU: {', '.join(built)}" if built else "CPU: torch", f"GPU: triton {triton}" if triton else "GPU: torch"]
-    return Check("kernels", GOOD, "; ".join(parts))
+    said = f"CPU: {found}; GPU: {f'triton {triton}' if triton else 'torch'}"
+    return Check("kernels", WARN if mend else GOOD, said, mend)
 
 
 def _version(package: str) -> str:
