@@ -27,12 +27,13 @@ def hurt() -> Iterator[World]:
 @pytest.mark.parametrize(("name", "runs"), [("kills", 3), ("clients", 1), ("points", 1)])
 def test_nothing_acknowledged_is_lost_and_no_token_is_wrong(hurt: World, name: str, runs: int) -> None:
     before = len(hurt.problems)
-    row = SCENARIOS[name][0](hurt, runs, random.Random())
+    row = SCENARIOS[name].run(hurt, runs, random.Random())
     assert row.good, "\n".join(hurt.problems[before:])
     assert row.runs == runs or any("not run" in note for note in hurt.notes)
 
 
 def test_the_judges_see_a_lost_turn_and_a_wrong_token(hurt: World) -> None:
+    hurt.start()
     row, session = Row("damaged by the test"), "judged"
     writer = Writer(hurt, row, Trap(), session, seed=1)
     with Client(hurt.daemon.socket) as client, Client(hurt.reference.socket) as reference:

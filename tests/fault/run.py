@@ -29,7 +29,7 @@ def main() -> int:
     wanted = [name for name in SCENARIOS if not arguments.only or name in arguments.only]
     with world() as made:
         rows = [_run(made, name, arguments) for name in wanted]
-        if made.problems:
+        if made.problems and made.daemon.log.exists():
             LOG.parent.mkdir(exist_ok=True)
             shutil.copy(made.daemon.log, LOG)
     report(made, rows)
@@ -48,9 +48,9 @@ def parse() -> argparse.Namespace:
 
 
 def _run(made: World, name: str, arguments: argparse.Namespace) -> Row:
-    scenario, runs = SCENARIOS[name]
+    scenario = SCENARIOS[name]
     began = time.monotonic()
-    row = scenario(made, max(1, round(runs * arguments.runs)), random.Random(arguments.seed))
+    row = scenario.run(made, round(scenario.runs * arguments.runs), random.Random(arguments.seed))
     made.notes.append(f"{row.scenario}: {time.monotonic() - began:.0f} s, seed {arguments.seed}")
     print(f"{row.scenario}: {row.runs} runs, {'good' if row.good else 'BAD'}", flush=True)
     return row

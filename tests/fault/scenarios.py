@@ -1,19 +1,38 @@
-"""The table of scenarios: name, function(world, runs, draw) -> Row, faults in a plain `make fault`."""
+"""The table of scenarios. The first ones hurt the disk tier alone, the others a daemon."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 
+from flips import flips
 from kills import kills
 from points import points
 from readers import readers
 from stops import stops
 from world import Row, World
 
-SCENARIOS: dict[str, tuple[Callable[[World, int, random.Random], Row], int]] = {
-    "kills": (kills, 30),
-    "points": (points, 16),
-    "clients": (readers, 6),
-    "stops": (stops, 2),
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """`runs`: faults in a plain `make fault`. `daemons`: whether the world's daemons must run."""
+
+    act: Callable[[World, int, random.Random], Row]
+    runs: int
+    daemons: bool = True
+
+    def run(self, world: World, runs: int, draw: random.Random) -> Row:
+        """Does it, at least once."""
+        if self.daemons:
+            world.start()
+        return self.act(world, max(1, runs), draw)
+
+
+SCENARIOS = {
+    "flips": Scenario(flips, 540, daemons=False),
+    "kills": Scenario(kills, 30),
+    "points": Scenario(points, 16),
+    "clients": Scenario(readers, 6),
+    "stops": Scenario(stops, 2),
 }
