@@ -122,6 +122,11 @@ class Record:
     def file(self) -> str:
         return f"seg-{self.segment:08d}.kv"
 
+    def slot_in(self, directory: Path) -> bool:
+        """Whether its slot is there in another state of the directory."""
+        path = directory / self.file
+        return path.exists() and slot_offset(directory, self) + slot_bytes(directory, self) <= path.stat().st_size
+
     @property
     def value(self) -> bytes:
         body = RECORD.pack(self.identity, self.parent, self.segment, self.slot, self.stamp) + self.tokens

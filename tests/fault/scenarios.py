@@ -6,10 +6,13 @@ import dataclasses
 import random
 from collections.abc import Callable
 
+from deaths import calls, deaths
 from flips import flips
 from kills import kills
+from planted import planted
 from points import points
 from readers import readers
+from segments import segments
 from stops import stops
 from world import Row, World
 
@@ -31,6 +34,10 @@ class Scenario:
 
 SCENARIOS = {
     "flips": Scenario(flips, 540, daemons=False),
+    "segments": Scenario(segments, 100, daemons=False),
+    "planted": Scenario(planted, 90, daemons=False),
+    "deaths": Scenario(deaths, 324, daemons=False),
+    "calls": Scenario(calls, 60, daemons=False),
     "kills": Scenario(kills, 30),
     "points": Scenario(points, 16),
     "clients": Scenario(readers, 6),

@@ -78,10 +78,12 @@ def build(path: Path, numbers: Iterable[int], dropped: Iterable[int] = (), erase
 
 @dataclasses.dataclass
 class Report:
-    """What a process found in a directory. `said`: it counted damage or warned. `crash`: how it died instead."""
+    """What a process found in a directory. `said`: it counted damage or warned. `held`: pages there when it left.
+    `crash`: how it died instead."""
 
     found: set[int] = dataclasses.field(default_factory=set)
     wrong: set[int] = dataclasses.field(default_factory=set)
+    held: set[int] = dataclasses.field(default_factory=set)
     said: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
     crash: str = ""
@@ -104,6 +106,7 @@ def inspect(path: Path, numbers: Iterable[int], harm: Sequence[Any] = (), pages:
         if again != set(stored) or wrong or len(stored) < len(lacking):
             report.problems.append(f"stored {lacking} again: {stored}, found {again}, wrong {wrong}")
         _account(opened, report, "after storing again")
+        report.held = {number for number in numbers if opened.find(page(number).key)}
     return report
 
 
