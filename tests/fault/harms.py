@@ -24,10 +24,11 @@ SEGMENT_FIELDS: Fields = {
     "checksum": (4088, 4096),
 }  # fmt: skip
 SLOT_FIELDS: Fields = {
-    "magic": (0, 8), "version": (8, 12), "kind": (12, 14), "count": (14, 16), "length": (16, 24), "reserved": (24, 32),
-    "identity": (32, 64), "layout": (64, 96), "key": (96, 128), "parent": (128, 160), "digest": (160, 176),
-    "tokens": (176, 432), "zeros": (432, 4088), "checksum": (4088, 4096),
+    "magic": (0, 8), "version": (8, 12), "kind": (12, 14), "count": (14, 16), "length": (16, 24), "parts": (24, 28),
+    "reserved": (28, 32), "identity": (32, 64), "layout": (64, 96), "key": (96, 128), "parent": (128, 160),
+    "tokens": (160, 416), "digests": (416, 4088), "zeros": (416, 4088), "checksum": (4088, 4096),
 }  # fmt: skip
+DIGEST_BYTES = 8  # of each part of the payload
 RECORD = struct.Struct("<32s32sIIQ")  # identity, parent, segment, slot, stamp; then token ids and a checksum
 WAYS = ("bit", "byte", "sector")
 INDEX = "index/data.mdb"
@@ -155,12 +156,6 @@ def slot_bytes(directory: Path, record: Record) -> int:
     return int.from_bytes(head[slice(*SEGMENT_FIELDS["slot size"])], "little")
 
 
-def payload_bytes(directory: Path, record: Record) -> int:
-    """Length of its payload, by its slot's header."""
-    head = read(directory / record.file, slot_offset(directory, record), SECTOR)
-    return int.from_bytes(head[slice(*SLOT_FIELDS["length"])], "little")
-
-
 def slot_offset(directory: Path, record: Record) -> int:
     return SECTOR + record.slot * slot_bytes(directory, record)
 
@@ -194,9 +189,14 @@ def spoil(directory: Path, file: str, offset: int, way: str, draw: random.Random
 def slot_places(directory: Path, record: Record) -> Fields:
     """Where the byte classes of a page lie in its segment file."""
     start = slot_offset(directory, record)
-    ends = SLOT_FIELDS["tokens"][0] + len(record.tokens)
-    fields = {**SLOT_FIELDS, "tokens": (SLOT_FIELDS["tokens"][0], ends), "zeros": (ends, SLOT_FIELDS["checksum"][0])}
-    size = payload_bytes(directory, record)
+    head = read(directory / record.file, start, SECTOR)
+    parts, size = (int.from_bytes(head[slice(*SLOT_FIELDS[name])], "little") for name in ("parts", "length"))
+    first_token, first_digest = SLOT_FIELDS["tokens"][0], SLOT_FIELDS["digests"][0]
+    ends = first_digest + parts * DIGEST_BYTES
+    fields = {
+        **SLOT_FIELDS, "tokens": (first_token, first_token + len(record.tokens)), "digests": (first_digest, ends),
+        "zeros": (ends, SLOT_FIELDS["checksum"][0]),
+    }  # fmt: skip
     fields |= {
         "first payload byte": (SECTOR, SECTOR + 1), "payload": (SECTOR, SECTOR + size),
         "last payload byte": (SECTOR + size - 1, SECTOR + size), "after the payload": (SECTOR + size, slot_bytes(directory, record)),
