@@ -118,32 +118,6 @@ class Executioner:
         os.pwritev = torn  # type: ignore[assignment]
 
 
-def work(path: Path, say: int, first: int, seed: int, name: str, count: int) -> None:
-    """Stores pages from number `first` on, drops and erases some, saying on the descriptor `say` what is done:
-    "put n", "drop n" and "erase n" once durable, "maybe n" before any of them. Dies at the point `name`, if one is
-    named, reached for the `count`-th time."""
-    draw, point = random.Random(seed), POINTS.get(name)
-    kind = point.work if point else draw.choice(("mixed", "mixed", "tight"))
-    _prepare(path, kind)
-    executioner = Executioner(point, count) if point else None
-    tell = teller(say)
-    tell("ready", [])
-    with vault.tier(path, TIGHT if kind in ("tight", "shrink") else vault.ROOMY) as opened:
-        while kind not in ("stray", "rebuild", "close"):
-            first = step(opened, draw, first, tell)
-        stored = list(range(first, first + 3))
-        tell("maybe", stored)
-        tell("put", vault.store(opened, stored))
-    del executioner
-
-
-def _prepare(path: Path, kind: str) -> None:
-    if kind == "rebuild":
-        shutil.rmtree(path / "index", ignore_errors=True)
-    elif kind == "stray" and (files := harms.segment_files(path)):
-        shutil.copy(path / files[0], path / "seg-00099999.kv")
-
-
 Tell = Callable[[str, list[int]], None]
 
 
@@ -155,6 +129,40 @@ def teller(say: int) -> Tell:
         os.write(say, f"{verb} {' '.join(map(str, numbers))}\n".encode())
 
     return tell
+
+
+def work(path: Path, say: int, first: int, seed: int, name: str, count: int) -> None:
+    """Stores pages from number `first` on, drops and erases some, saying on the descriptor `say` what is done:
+    "put n", "drop n" and "erase n" once durable, "maybe n" before any of them. Dies at the point `name`, if one is
+    named, reached for the `count`-th time."""
+    draw, point = random.Random(seed), POINTS.get(name)
+    kind = point.work if point else draw.choice(("mixed", "mixed", "tight"))
+    tell = teller(say)
+    first = _prepare(path, kind, first, tell)
+    executioner = Executioner(point, count) if point else None
+    tell("ready", [])
+    with vault.tier(path, TIGHT if kind in ("tight", "shrink") else vault.ROOMY) as opened:
+        while kind not in ("stray", "rebuild", "close"):
+            first = step(opened, draw, first, tell)
+        stored = list(range(first, first + 3))
+        tell("maybe", stored)
+        tell("put", vault.store(opened, stored))
+    del executioner
+
+
+def _prepare(path: Path, kind: str, first: int, tell: Tell) -> int:
+    """What the work needs to find: pages enough, no index, a file without a record. Returns the next number."""
+    if kind in ("shrink", "rebuild", "stray"):
+        numbers = list(range(first, first + (3 * TIGHT if kind == "shrink" else 5)))
+        with vault.tier(path) as opened:
+            tell("maybe", numbers)
+            tell("put", vault.store(opened, numbers))
+        first += len(numbers)
+    if kind == "rebuild":
+        shutil.rmtree(path / "index")
+    elif kind == "stray":
+        shutil.copy(path / harms.segment_files(path)[0], path / "seg-00099999.kv")
+    return first
 
 
 def step(opened: DiskTier, draw: random.Random, first: int, tell: Tell) -> int:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from scenarios import SCENARIOS
@@ -50,7 +51,11 @@ def parse() -> argparse.Namespace:
 def _run(made: World, name: str, arguments: argparse.Namespace) -> Row:
     scenario = SCENARIOS[name]
     began = time.monotonic()
-    row = scenario.run(made, round(scenario.runs * arguments.runs), random.Random(arguments.seed))
+    try:
+        row = scenario.run(made, round(scenario.runs * arguments.runs), random.Random(arguments.seed))
+    except Exception:  # the other scenarios still count
+        row = Row(name)
+        made.note(row, "undetected", f"the scenario broke off: {traceback.format_exc()}")
     made.notes.append(f"{row.scenario}: {time.monotonic() - began:.0f} s, seed {arguments.seed}")
     print(f"{row.scenario}: {row.runs} runs, {'good' if row.good else 'BAD'}", flush=True)
     return row

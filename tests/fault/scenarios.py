@@ -6,14 +6,18 @@ import dataclasses
 import random
 from collections.abc import Callable
 
+from cuts import cuts
 from deaths import calls, deaths
 from flips import flips
+from harmed import harmed
 from kills import kills
+from neighbours import neighbours
 from planted import planted
 from points import points
 from readers import readers
 from segments import segments
 from stops import stops
+from swaps import swaps
 from world import Row, World
 
 
@@ -38,8 +42,12 @@ SCENARIOS = {
     "planted": Scenario(planted, 90, daemons=False),
     "deaths": Scenario(deaths, 324, daemons=False),
     "calls": Scenario(calls, 60, daemons=False),
+    "cuts": Scenario(cuts, 120, daemons=False),
     "kills": Scenario(kills, 30),
     "points": Scenario(points, 16),
     "clients": Scenario(readers, 6),
     "stops": Scenario(stops, 2),
+    "harmed": Scenario(harmed, 19),
+    "neighbours": Scenario(neighbours, 6),
+    "swaps": Scenario(swaps, 6, daemons=False),
 }
