@@ -76,7 +76,8 @@ def _recorded(
     inside = [number for number, note in enumerate(notes) if began <= note.start <= ended]
     for _ in range(count):
         number, seed = draw.choice(inside), draw.randrange(10**9)
-        replay(base, root / "cut", journal, notes[:number], random.Random(seed))
+        shutil.copy(base, root / "cut")
+        replay(root / "cut", journal, notes[:number], random.Random(seed))
         known = [(at, text) for at, text in said if at <= notes[number].start]
         with disks.mounted(root / "again", "-o", "loop", root / "cut") as path:
             check(world, row, path / "d", known, f"cut before entry {number} of {len(notes)}")
@@ -94,9 +95,8 @@ def read(journal: Path) -> Iterator[Note]:
             file.seek(length, os.SEEK_CUR)
 
 
-def replay(base: Path, target: Path, journal: Path, notes: list[Note], draw: random.Random) -> None:
-    """Makes `target` the disk after a cut behind these entries."""
-    shutil.copy(base, target)
+def replay(target: Path, journal: Path, notes: list[Note], draw: random.Random) -> None:
+    """Makes of `target`, the disk as it was at first, the disk after a cut behind these entries."""
     flushed = max((number for number, note in enumerate(notes) if note.kind == b"B"), default=-1)
     with target.open("r+b") as disk, journal.open("rb") as bytes_:
         for number, note in enumerate(notes):

@@ -9,9 +9,13 @@ from collections.abc import Callable
 from cuts import cuts
 from deaths import calls, deaths
 from flips import flips
+from full import full
 from harmed import harmed
+from ioerrors import ioerrors
 from kills import kills
+from maps import maps
 from neighbours import neighbours
+from outages import outages
 from planted import planted
 from points import points
 from readers import readers
@@ -43,11 +47,15 @@ SCENARIOS = {
     "deaths": Scenario(deaths, 324, daemons=False),
     "calls": Scenario(calls, 60, daemons=False),
     "cuts": Scenario(cuts, 120, daemons=False),
+    "maps": Scenario(maps, 8, daemons=False),
+    "full": Scenario(full, 48, daemons=False),
+    "ioerrors": Scenario(ioerrors, 30, daemons=False),
     "kills": Scenario(kills, 30),
     "points": Scenario(points, 16),
     "clients": Scenario(readers, 6),
     "stops": Scenario(stops, 2),
     "harmed": Scenario(harmed, 19),
     "neighbours": Scenario(neighbours, 6),
+    "outages": Scenario(outages, 4),
     "swaps": Scenario(swaps, 6, daemons=False),
 }

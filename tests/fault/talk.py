@@ -25,7 +25,8 @@ class Talk:
     @property
     def history(self) -> list[int]:
         """Tokens of the acknowledged turns."""
-        return [token for turn in self.turns for token in (*turn.prompt, *(turn.tokens or ()))]
+        known = (turn for turn in self.turns if turn.tokens is not None)
+        return [token for turn in known for token in (*turn.prompt, *(turn.tokens or ()))]
 
     def say(self, size: int = 150, tokens: int = 8) -> Done | None:
         """One more turn, or the last one again if it was not acknowledged. None: the answer was an error."""
@@ -41,6 +42,8 @@ class Talk:
             self.errors.append(error)
             if error.code.value not in HONEST:
                 self.world.note(self.row, "undetected", f"{turn.rid}: {error}")
+            if not error.retryable:  # this id is answered so for good: what was refused must never be stored
+                turn.rid += "x"
             return None
         if not done.durable:
             self.world.note(self.row, "undetected", f"{turn.rid} was acknowledged without being durable")
