@@ -396,6 +396,28 @@ def test_write_errors_lose_only_that_write(tmp_path: Path) -> None:
         assert survivors(again, range(10)) == set(range(10))
 
 
+@pytest.mark.parametrize("pages", [100, 8])
+def test_a_disk_that_refuses_writes_keeps_what_it_has(tmp_path: Path, pages: int) -> None:
+    """Neither a segment that can't be made nor an eviction that can't be committed costs a page."""
+    with tier(tmp_path / "kv", pages=pages) as opened:
+        numbers = range(8 * opened._space.new_slots if pages == 8 else 8)
+        for number in numbers:
+            opened.put(page(number).header, payload(number))
+        there = survivors(opened, numbers)
+        with file_size_limit(8192):
+            for number in range(1000, 1010):
+                assert not opened.put(page(number).header, payload(number))
+                opened._paused_until = 0.0  # as if the pause were over
+            opened.check()
+        assert survivors(opened, numbers) == there
+        assert counts(opened)["disk_write_errors"] == 10
+        opened._paused_until = 0.0
+        assert opened.put(page(1000).header, payload(1000))
+    with tier(tmp_path / "kv", pages=pages) as again:
+        left = survivors(again, numbers)
+        assert left == there if pages == 100 else len(there - left) == 1
+
+
 @pytest.mark.parametrize("erase", [False, True])
 def test_a_removal_that_the_index_refuses(tmp_path: Path, erase: bool) -> None:
     """The page is not found any more, its slot is not used again before its record is gone."""
