@@ -49,7 +49,10 @@ def cuts(world: World, runs: int, draw: random.Random) -> Row:
     """Half of the cuts in a KV directory's life, half in a session log's."""
     row = Row("power cuts")
     try:
-        for work, check, share in ((write_pages, _check_pages, runs - runs // 2), (ledger.write, _check_log, runs // 2)):
+        for work, check, share in (
+            (write_pages, _check_pages, runs - runs // 2),
+            (ledger.write, _check_log, runs // 2),
+        ):
             with tempfile.TemporaryDirectory(prefix="atlas-") as root:
                 _recorded(world, row, Path(root), work, check, share, draw)
     except disks.NotRun as error:
@@ -83,7 +86,9 @@ def _recorded(
             check(world, row, path / "d", known, f"cut before entry {number} of {len(notes)}")
         row.runs += 1
     kinds = {kind.decode(): sum(note.kind == kind for note in notes) for kind in (b"W", b"F", b"B")}
-    world.notes.append(f"{row.scenario}: {work.__module__}.{work.__name__}: {count} cuts, recorded {kinds}, said {len(said)}")
+    world.notes.append(
+        f"{row.scenario}: {work.__module__}.{work.__name__}: {count} cuts, recorded {kinds}, said {len(said)}"
+    )
 
 
 def read(journal: Path) -> Iterator[Note]:

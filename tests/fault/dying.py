@@ -1,4 +1,4 @@
-"""A process that writes to a KV directory and dies of SIGKILL at a named point. Store, files and LMDB are the real ones.
+"""A process that writes to a KV directory and dies of SIGKILL at a named point. Store, files and LMDB are real.
 
 The interpreter's profiler sees every call and return, of Python functions and of system calls. So the code under test
 holds nothing for the tests, and a point can lie between any two steps of it.
@@ -123,7 +123,6 @@ Tell = Callable[[str, list[int]], None]
 
 def teller(say: int) -> Tell:
     """Writes lines to a pipe; one that is out arrives, whatever happens to the writer."""
-
 
     def tell(verb: str, numbers: list[int]) -> None:
         os.write(say, f"{verb} {' '.join(map(str, numbers))}\n".encode())

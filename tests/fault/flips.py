@@ -17,7 +17,10 @@ PAGES = range(20)
 DROPPED, ERASED = {3, 11}, {5}
 CLASSES = [
     *(("segment", name) for name in harms.SEGMENT_FIELDS),
-    *(("slot", name) for name in (*harms.SLOT_FIELDS, "first payload byte", "payload", "last payload byte", "after the payload")),
+    *(
+        ("slot", name)
+        for name in (*harms.SLOT_FIELDS, "first payload byte", "payload", "last payload byte", "after the payload")
+    ),
     *(("index", name) for name in harms.INDEX_CLASSES * 3),  # the largest by far
 ]
 
@@ -55,9 +58,7 @@ def _kinds(draw: random.Random) -> Iterator[tuple[tuple[str, str], str]]:
         yield from draw.sample(every, k=len(every))
 
 
-def spoiled(
-    directory: Path, where: str, name: str, way: str, draw: random.Random
-) -> tuple[harms.Write, set[int]]:
+def spoiled(directory: Path, where: str, name: str, way: str, draw: random.Random) -> tuple[harms.Write, set[int]]:
     """The change, and the pages that it may cost."""
     numbers = {vault.page(number).key: number for number in PAGES}
     every = harms.records(directory)

@@ -131,10 +131,11 @@ def _brim(daemon: Daemon, session: str) -> None:
 
 
 def _says_why(world: World, row: Row, daemon: Daemon, kind: str) -> None:
-    """Pages that are not kept on disk are a matter for `status`."""
+    """Turns that can't be stored and pages that are not kept on disk are a matter for `status`."""
     with Client(daemon.socket) as client:
         status = client.status()
     if status.engine_state != "ready":
         world.note(row, "crashes", f"{kind}: the engine is {status.engine_state}: {status.engine_error}")
-    if kind == "tmpfs" and not status.warnings:
-        world.note(row, "undetected", f"{kind}: no page is kept on disk and status has no warning")
+    wanted = ["session log is full", *(["free-space floor"] if kind == "tmpfs" else [])]
+    if silent := [text for text in wanted if not any(text in warning for warning in status.warnings)]:
+        world.note(row, "undetected", f"{kind}: status says nothing of {silent}: {status.warnings}")

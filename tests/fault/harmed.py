@@ -45,7 +45,9 @@ def _in_index(name: str) -> Harm:
 
 def _cut(directory: Path, pages: list[harms.Record], draw: random.Random) -> list[harms.Change]:
     page = draw.choice(pages)
-    return [harms.Cut(page.file, harms.slot_offset(directory, page) + draw.randrange(harms.slot_bytes(directory, page)))]
+    return [
+        harms.Cut(page.file, harms.slot_offset(directory, page) + draw.randrange(harms.slot_bytes(directory, page)))
+    ]
 
 
 HARMS: dict[str, Harm] = {

@@ -199,7 +199,8 @@ def slot_places(directory: Path, record: Record) -> Fields:
     }  # fmt: skip
     fields |= {
         "first payload byte": (SECTOR, SECTOR + 1), "payload": (SECTOR, SECTOR + size),
-        "last payload byte": (SECTOR + size - 1, SECTOR + size), "after the payload": (SECTOR + size, slot_bytes(directory, record)),
+        "last payload byte": (SECTOR + size - 1, SECTOR + size),
+        "after the payload": (SECTOR + size, slot_bytes(directory, record)),
     }  # fmt: skip
     return {name: (start + first, start + end) for name, (first, end) in fields.items() if first < end}
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import disks
 import vault
 from atlas_client import Client
+from atlas_client.protocol import StatusReply
 from points import available
 from talk import Talk
-from world import Row, World
+from world import Row, World, until
 
 KINDS = [
     ("engine", "pread64,preadv,preadv2"),
@@ -68,6 +69,7 @@ def _one(world: World, row: Row, victim: str, calls: str, draw: random.Random) -
         world.revive(ready=True)
     before = world.status()
     assert before is not None
+    mark = len(world.daemon.log.read_text(errors="replace"))
     pids = [world.broker_pid] if victim == "broker" else world.engine_pids
     with tempfile.NamedTemporaryFile(prefix="atlas-") as trace:
         when = f"{draw.randrange(1, 4)}+{draw.choice((1, 2, 5))}"
@@ -75,10 +77,7 @@ def _one(world: World, row: Row, victim: str, calls: str, draw: random.Random) -
             for _ in range(TURNS):
                 talk.say()
         count = Path(trace.name).read_text(errors="replace").count("INJECTED")
-    after = world.status()
-    assert after is not None
-    counted = [name for name in ("disk_write_errors", "disk_pages_damaged") if _grew(name, before, after)]
-    if count and not (talk.errors or counted or after.warnings != before.warnings):
+    if count and not _says_so(world, before, talk, mark):
         world.note(row, "undetected", f"{count} calls {calls} of the {victim} failed and nobody says so")
     talk.settle()
     talk.audit()
@@ -87,9 +86,21 @@ def _one(world: World, row: Row, victim: str, calls: str, draw: random.Random) -
     return count
 
 
-def _grew(name: str, before: object, after: object) -> bool:
-    old, new = (getattr(status, "counters", {}).get(name, 0) for status in (before, after))
-    return bool(new > old)
+def _says_so(world: World, before: StatusReply, talk: Talk, mark: int) -> bool:
+    """Whether status does, at the engine's next beat at the latest. `mark`: the daemon's log before."""
+
+    def said() -> bool:
+        after = world.status()
+        if after is None:
+            return False
+        names = ("disk_write_errors", "disk_pages_damaged")
+        grew = any(after.counters.get(name, 0) > before.counters.get(name, 0) for name in names)
+        again = talk.errors or "session log anew" in world.daemon.log.read_text(errors="replace")[mark:]
+        return bool(grew or after.warnings != before.warnings or (after.warnings and again))  # each is said once
+
+    with contextlib.suppress(TimeoutError):
+        return bool(until(said, 5, "status says so"))
+    return False
 
 
 @contextlib.contextmanager

@@ -36,7 +36,9 @@ def _live_and_cut(world: World, row: Row, root: Path, runs: int, draw: random.Ra
     daemon = Daemon(root / "d", *HURT)
     daemon.root.mkdir()
     talk, acknowledged = Talk(world, row, daemon, draw), [0]
-    with disks.over_nbd(root, "python", disks.RECORDER, environment={"IMAGE": str(image), "JOURNAL": str(journal)}) as path:
+    with disks.over_nbd(
+        root, "python", disks.RECORDER, environment={"IMAGE": str(image), "JOURNAL": str(journal)}
+    ) as path:
         daemon.state = path / "state"
         daemon.start()
         began = journal.stat().st_size

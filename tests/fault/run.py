@@ -17,6 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
+import pytest
 from scenarios import SCENARIOS
 from world import Row, World, world
 
@@ -53,7 +54,7 @@ def _run(made: World, name: str, arguments: argparse.Namespace) -> Row:
     began = time.monotonic()
     try:
         row = scenario.run(made, round(scenario.runs * arguments.runs), random.Random(arguments.seed))
-    except Exception:  # the other scenarios still count
+    except (Exception, pytest.fail.Exception):  # the other scenarios still count
         row = Row(name)
         made.note(row, "undetected", f"the scenario broke off: {traceback.format_exc()}")
     made.notes.append(f"{row.scenario}: {time.monotonic() - began:.0f} s, seed {arguments.seed}")

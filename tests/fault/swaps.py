@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,12 @@ from families import make
 from talk import Talk
 from world import HURT, UNHURT, Row, World
 
-WAYS = ("another file, while it is down", "other bytes, while it is down", "another file, then loaded again")
+WAYS = (
+    "another file, while it is down",
+    "other bytes, while it is down",
+    "another file, then loaded again",
+    "another file, then the engine dies",
+)
 PROMPT = 200
 
 
@@ -22,7 +28,7 @@ def swaps(world: World, runs: int, draw: random.Random) -> Row:
     """Each run: a session, a swap, the session goes on as a daemon says that never had other weights."""
     row = Row("model swapped under its path")
     with tempfile.TemporaryDirectory(prefix="atlas-", ignore_cleanup_errors=True) as root:
-        kept = [make("qwen3", Path(root, f"weights{seed}"), seed=seed) for seed in (1, 2)]
+        kept = [make("qwen3", Path(root, f"weights{seed}"), seed=seed, max_position_embeddings=2048) for seed in (1, 2)]
         served = Path(root, "served")
         shutil.copytree(kept[0], served)
         daemon = Daemon(Path(root, "d"), *HURT, model=str(served))
@@ -57,7 +63,11 @@ def _swap(
         daemon.start()
     else:
         with Client(daemon.socket) as client:
-            client.load_model(str(served))
+            if way.endswith("dies"):
+                os.kill(client.status().engine_pid, signal.SIGKILL)
+            else:
+                client.unload_model()  # loading the model that runs is answered without doing anything
+                client.load_model(str(served))
         daemon.wait_state("ready")
     after = talk.say(20)
     if before is None or after is None:

@@ -1,4 +1,4 @@
-"""A KV directory whose pages follow from their numbers: whatever is found in it can be judged without the code under test.
+"""A KV directory whose pages follow from their numbers: what is found in it can be judged without the code under test.
 
 It is always opened in a process of its own, which a damaged file may crash.
 """
