@@ -72,7 +72,7 @@ def deaths(world: World, runs: int, draw: random.Random) -> Row:
             if number % FRESH == 0:
                 path, promise = Path(root, str(number)), Promise()
             name = "" if number % RANDOM_SHARE == RANDOM_SHARE - 1 else next(names)
-            died = _die(path, promise, draw, name)
+            died = die(path, promise, draw, name)
             if name and died:
                 hits[name] += 1
             elif name:
@@ -85,15 +85,15 @@ def deaths(world: World, runs: int, draw: random.Random) -> Row:
     return row
 
 
-def _die(path: Path, promise: Promise, draw: random.Random, name: str) -> bool:
-    """One writer's life. True: it died at the point."""
+def die(path: Path, promise: Promise, draw: random.Random, name: str, life_s: float = LIFE_S) -> bool:
+    """One writer's life, to the point of that name or, without one, to a random moment. True: it was killed there."""
     point = dying.POINTS.get(name)
     first = max(promise.all, default=-1) + 1
     count = draw.randrange(1, 12) if point and point.work in ("mixed", "tight") else 1
     if point and point.within in ("DiskTier._erase", "DiskTier._remove", "create_segment"):
         count = draw.randrange(1, 4)
     moment = None if point else draw.uniform(0.0, 0.15)
-    told, exitcode = _live(path, (first, draw.randrange(10**9), name, count), moment)
+    told, exitcode = _live(path, (first, draw.randrange(10**9), name, count), moment, life_s)
     for line in told:
         promise.take(line)
     work = point.work if point else "tight"
@@ -105,7 +105,9 @@ def _die(path: Path, promise: Promise, draw: random.Random, name: str) -> bool:
     return exitcode == -9
 
 
-def _live(path: Path, arguments: tuple[int, int, str, int], moment: float | None) -> tuple[list[str], int | None]:
+def _live(
+    path: Path, arguments: tuple[int, int, str, int], moment: float | None, life_s: float
+) -> tuple[list[str], int | None]:
     reader, writer = os.pipe()
     process = vault.CONTEXT.Process(target=dying.work, args=(path, writer, *arguments))
     process.start()
@@ -115,7 +117,7 @@ def _live(path: Path, arguments: tuple[int, int, str, int], moment: float | None
         if moment is not None:
             time.sleep(moment)  # the moment of the kill, not a wait for something
             process.kill()
-        end = threading.Timer(LIFE_S, process.terminate)
+        end = threading.Timer(life_s, process.terminate)
         end.start()
         told += lines
         end.cancel()
@@ -124,7 +126,7 @@ def _live(path: Path, arguments: tuple[int, int, str, int], moment: float | None
 
 
 def _audit(world: World, row: Row, path: Path, promise: Promise, what: str) -> None:
-    if promise.erased and (left := _readable(path, promise.erased)):
+    if promise.erased and (left := readable(path, promise.erased)):
         world.note(row, "undetected", f"{what}: erased pages {left} can be read in the files")
     report = vault.audit(path, promise.all)
     vault.judge(world, row, what, report, there=promise.there, maybe=promise.maybe, silent=True)
@@ -134,7 +136,8 @@ def _audit(world: World, row: Row, path: Path, promise: Promise, what: str) -> N
     promise.begin(report.held)
 
 
-def _readable(path: Path, numbers: set[int]) -> list[int]:
+def readable(path: Path, numbers: set[int]) -> list[int]:
+    """Those pages whose bytes lie in some segment, whatever the index says."""
     data = b"".join(file.read_bytes() for file in sorted(path.glob("seg-*.kv")))
     return [number for number in sorted(numbers) if bytes(vault.payload(number)[:64]) in data]
 

@@ -27,10 +27,12 @@ def full(world: World, runs: int, draw: random.Random) -> Row:
     for kind, make in KINDS.items():
         try:
             with tempfile.TemporaryDirectory(prefix="atlas-") as root:
-                served = max(1, runs // 2 // DAEMON_SHARE)
+                served = runs // 2 // DAEMON_SHARE
                 with make(Path(root), STORE_DISK) as path:
                     for _ in range(runs // 2 - served):
                         _fill_store(world, row, path, kind, draw)
+                if not served:
+                    continue
                 with make(Path(root), DAEMON_DISK[kind]) as path:
                     _fill_daemon(world, row, path, kind, served, draw)
         except disks.NotRun as error:

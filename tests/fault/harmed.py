@@ -100,7 +100,7 @@ def _one(world: World, row: Row, kind: str, root: Path, draw: random.Random) -> 
     before = len(talk.history)
     done = talk.say(20)
     missing = before - (done.usage.restored + done.usage.reused) if done else before
-    told = kind == OLD or missing <= 1 or _says_why(world)  # the last token is always computed
+    told = kind == OLD or missing <= 1 or says_why(world)  # the last token is always computed
     if done is None or not told:
         world.note(row, "undetected", f"{kind}: {missing} of {before} tokens are computed again and nobody says why")
     talk.audit()
@@ -109,7 +109,7 @@ def _one(world: World, row: Row, kind: str, root: Path, draw: random.Random) -> 
     return missing
 
 
-def _says_why(world: World) -> bool:
+def says_why(world: World, limit: float = 5.0) -> bool:
     """Whether status does, with the engine's next beat."""
 
     def said() -> bool:
@@ -117,5 +117,5 @@ def _says_why(world: World) -> bool:
         return status is not None and bool(status.warnings and status.counters.get("disk_pages_damaged"))
 
     with contextlib.suppress(TimeoutError):
-        return bool(until(said, 5, "a warning"))
+        return bool(until(said, limit, "a warning"))
     return False

@@ -247,6 +247,18 @@ def segment_files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.glob("seg-*.kv"))
 
 
+def forged(directory: Path, record: Record, part_bytes: int) -> list[Change]:
+    """Another first part (of that size) with all checksums made to fit: no fault does it, a test of the judges does."""
+    data = bytearray(slot(directory, record))
+    data[SECTOR] ^= 1
+    at = SLOT_FIELDS["digests"][0]
+    part = data[SECTOR : SECTOR + part_bytes]
+    data[at : at + DIGEST_BYTES] = xxhash.xxh3_64_intdigest(part).to_bytes(DIGEST_BYTES, "little")
+    body, end = SLOT_FIELDS["checksum"]
+    data[body:end] = xxhash.xxh3_64_intdigest(data[:body]).to_bytes(end - body, "little")
+    return [Write(record.file, slot_offset(directory, record), bytes(data))]
+
+
 # --- what a fault can plant -------------------------------------------------------------------------------------
 
 

@@ -77,7 +77,7 @@ def _one(world: World, row: Row, victim: str, calls: str, draw: random.Random) -
             for _ in range(TURNS):
                 talk.say()
         count = Path(trace.name).read_text(errors="replace").count("INJECTED")
-    if count and not _says_so(world, before, talk, mark):
+    if count and not says_so(world, before, talk, mark):
         world.note(row, "undetected", f"{count} calls {calls} of the {victim} failed and nobody says so")
     talk.settle()
     talk.audit()
@@ -86,7 +86,7 @@ def _one(world: World, row: Row, victim: str, calls: str, draw: random.Random) -
     return count
 
 
-def _says_so(world: World, before: StatusReply, talk: Talk, mark: int) -> bool:
+def says_so(world: World, before: StatusReply, talk: Talk, mark: int, limit: float = 5.0) -> bool:
     """Whether status does, at the engine's next beat at the latest. `mark`: the daemon's log before."""
 
     def said() -> bool:
@@ -99,7 +99,7 @@ def _says_so(world: World, before: StatusReply, talk: Talk, mark: int) -> bool:
         return bool(grew or after.warnings != before.warnings or (after.warnings and again))  # each is said once
 
     with contextlib.suppress(TimeoutError):
-        return bool(until(said, 5, "status says so"))
+        return bool(until(said, limit, "status says so"))
     return False
 
 

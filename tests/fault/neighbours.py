@@ -44,8 +44,13 @@ def _start_twice(world: World, row: Row, kind: str) -> None:
     flags = [str(part) for place in places.items() for part in place]
     command = [sys.executable, "-m", "atlasd", *flags, *first.flags]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if ended.returncode == 0 or f"pid {world.broker_pid}" not in ended.stderr:
-        world.note(row, "undetected", f"same {kind}: exit status {ended.returncode}, {ended.stderr[-300:]}")
+    judge_refusal(world, row, kind, ended.returncode, ended.stderr)
+
+
+def judge_refusal(world: World, row: Row, kind: str, status: int, said: str) -> None:
+    """A daemon that may not run ends with an error that names the one that does, and the option to give."""
+    if status == 0 or f"pid {world.broker_pid}" not in said or "--s" not in said:
+        world.note(row, "undetected", f"same {kind}: exit status {status}, {said[-300:]}")
 
 
 def _share_pages(world: World, row: Row, kind: str) -> None:

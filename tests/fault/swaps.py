@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from atlas_client import Client
+from atlas_client.protocol import Done
 from conftest import Daemon
 from families import make
 from talk import Talk
@@ -73,15 +74,20 @@ def _swap(
     if before is None or after is None:
         world.note(row, "undetected", f"{way}: {talk.errors}")
         return
-    if after.usage.restored or after.usage.reused:
-        world.note(row, "wrong_tokens", f"{way}: {after.usage} after the swap: pages of other weights were used")
-    if not after.reset_reason:
-        world.note(row, "undetected", f"{way}: no reset_reason")
+    judge_pages(world, row, way, after)
     talk.audit()
     first, second = talk.turns
     for turn, history, weights in ((first, [], number), (second, first.prompt + (first.tokens or []), number + 1)):
         with Client(references[weights % 2].socket) as reference:
             world.judge(row, reference, history, turn)
+
+
+def judge_pages(world: World, row: Row, way: str, after: Done) -> None:
+    """The first turn after a swap uses no page, and says why."""
+    if after.usage.restored or after.usage.reused:
+        world.note(row, "wrong_tokens", f"{way}: {after.usage} after the swap: pages of other weights were used")
+    if not after.reset_reason:
+        world.note(row, "undetected", f"{way}: no reset_reason")
 
 
 def _replace(target: Path, source: Path, in_place: bool) -> None:
