@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import select
 from array import array
@@ -58,15 +59,17 @@ def found(log: Log, size: int = 400) -> tuple[list[int], list[str]]:
     numbers: list[int] = []
     wrong: list[str] = []
     for name in (f"s{n}" for n in range(SESSIONS)):
-        record = do(log, lambda sessions, name=name: sessions.find(OWNER, name))
-        if record is None:
-            continue
-        for turn in do(log, lambda sessions, record=record: sessions.turns(record)):
+        for turn in do(log, functools.partial(_turns, name)):
             number = int(turn.rid[1:])
             numbers.append(number)
             if array("I", turn.prompt_ids).tolist() != tokens(number, size) or number % SESSIONS != int(name[1:]):
                 wrong.append(f"turn {number} in session {name} is not what was stored")
     return numbers, wrong
+
+
+def _turns(name: str, sessions: Sessions) -> list[TurnRecord]:
+    record = sessions.find(OWNER, name)
+    return sessions.turns(record) if record else []
 
 
 def write(path: Path, journal: Path, said: Path, seed: int) -> None:

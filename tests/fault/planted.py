@@ -15,6 +15,7 @@ PAGES = range(24)
 LATER = range(24, 40)  # stored after the index was copied
 KINDS = (
     "slot copied", "slots exchanged", "payload of another", "record to another slot", "record of another page",
+    "slot of another model",
     "stale slot", "index of yesterday", "slots of yesterday", "segment of yesterday",
 )  # fmt: skip
 
@@ -23,14 +24,15 @@ def planted(world: World, runs: int, draw: random.Random) -> Row:
     """Each run: a fresh copy of a directory whose earlier state is known too, one kind of harm."""
     row = Row("pages in another's place")
     with tempfile.TemporaryDirectory(prefix="atlas-") as root:
-        old, base, copy = Path(root, "old"), Path(root, "base"), Path(root, "copy")
+        old, base, copy, foreign = (Path(root, name) for name in ("old", "base", "copy", "foreign"))
+        vault.in_child(build_foreign, foreign)
         vault.in_child(vault.build, old, PAGES)
         shutil.copytree(old, base)
         vault.in_child(grow, base)
         for number in range(runs):
             kind = KINDS[number % len(KINDS)]
             shutil.copytree(base, copy)
-            changes, touched = harmed(copy, old, kind, draw)
+            changes, touched = harmed(copy, old, foreign, kind, draw)
             running = number // len(KINDS) % 2 == 1 and all(isinstance(change, harms.Write) for change in changes)
             running = running and kind != "index of yesterday"
             if not running:
@@ -55,7 +57,15 @@ def grow(path: Path) -> None:
             opened.get(vault.page(number).key, memoryview(bytearray(vault.LAYOUT.page_bytes)))
 
 
-def harmed(directory: Path, old: Path, kind: str, draw: random.Random) -> tuple[list[harms.Change], set[int]]:
+def build_foreign(path: Path) -> None:
+    """Another model's pages under our keys, which it would never give them."""
+    with vault.tier(path, identity=b"j" * 32) as opened:
+        opened.store([(vault.page(number), vault.fill_with(number + 10**6)) for number in set(PAGES) - REMOVED])
+
+
+def harmed(
+    directory: Path, old: Path, foreign: Path, kind: str, draw: random.Random
+) -> tuple[list[harms.Change], set[int]]:
     """What is done, and the pages that it may cost."""
     numbers = {vault.page(number).key: number for number in (*PAGES, *LATER)}
     every = harms.records(directory)
@@ -73,6 +83,11 @@ def harmed(directory: Path, old: Path, kind: str, draw: random.Random) -> tuple[
             return harms.repointed(source, target), both
         case "record of another page":
             return harms.renamed(source, target), both
+        case "slot of another model":  # the same key, tokens and place; other identity and payload
+            theirs = draw.choice(harms.records(foreign))
+            ours = next(record for record in every if record.key == theirs.key)
+            at = harms.slot_offset(directory, ours)
+            return [harms.Write(ours.file, at, harms.slot(foreign, theirs))], {numbers[ours.key]}
         case "stale slot":  # a page's slot as it was before: another page's, or one that was removed
             record = draw.choice([record for record in reused if record.slot_in(old)])
             at = harms.slot_offset(directory, record)

@@ -43,7 +43,7 @@ class Scenario:
 SCENARIOS = {
     "flips": Scenario(flips, 540, daemons=False),
     "segments": Scenario(segments, 100, daemons=False),
-    "planted": Scenario(planted, 90, daemons=False),
+    "planted": Scenario(planted, 100, daemons=False),
     "deaths": Scenario(deaths, 324, daemons=False),
     "calls": Scenario(calls, 60, daemons=False),
     "cuts": Scenario(cuts, 120, daemons=False),

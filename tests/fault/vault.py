@@ -50,11 +50,11 @@ def fill_with(number: int) -> Callable[[memoryview], None]:
 
 
 @contextlib.contextmanager
-def tier(path: Path, pages: int = ROOMY) -> Iterator[DiskTier]:
+def tier(path: Path, pages: int = ROOMY, identity: bytes = IDENTITY) -> Iterator[DiskTier]:
     """The directory, open, with room for about that many pages in segments of 8."""
     cap = (1 << 20) + pages * (SLOT_BYTES + 2048)
     config = DiskConfig(path, cap, free_floor_bytes=0, segment_bytes=8 * SLOT_BYTES, lock_wait_s=5.0)
-    opened = DiskTier(LAYOUT, IDENTITY, config, Counters())
+    opened = DiskTier(LAYOUT, identity, config, Counters())
     try:
         yield opened
     finally:
