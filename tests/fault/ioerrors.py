@@ -95,7 +95,8 @@ def says_so(world: World, before: StatusReply, talk: Talk, mark: int, limit: flo
             return False
         names = ("disk_write_errors", "disk_pages_damaged")
         grew = any(after.counters.get(name, 0) > before.counters.get(name, 0) for name in names)
-        again = talk.errors or "session log anew" in world.daemon.log.read_text(errors="replace")[mark:]
+        logged = world.daemon.log.read_text(errors="replace")[mark:]
+        again = talk.errors or "session log anew" in logged or "commit failed" in logged
         return bool(grew or after.warnings != before.warnings or (after.warnings and again))  # each is said once
 
     with contextlib.suppress(TimeoutError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 from atlas_client import Client, ErrorReply
@@ -18,7 +19,7 @@ class Talk:
 
     def __init__(self, world: World, row: Row, daemon: Daemon, draw: random.Random) -> None:
         self.world, self.row, self.daemon, self.draw = world, row, daemon, draw
-        self.session = f"talk-{draw.randrange(10**9)}"
+        self.session = f"talk-{os.urandom(6).hex()}"  # of no other scenario with the same seed
         self.turns: list[Turn] = []
         self.errors: list[ErrorReply] = []
 
