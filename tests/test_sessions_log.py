@@ -264,6 +264,7 @@ def test_full_disk(root: Path) -> None:
                 print(error.code, number)
                 break
         assert ids(log, "a") == before
+        assert any("is full" in warning for warning in log.warnings), log.warnings
         assert do(log, lambda book: book.answered("1", f"r{number}")) is None
         do(log, lambda book: book.truncate("1", "a", 1, None))
         assert ids(log, "a") == [1, 2]

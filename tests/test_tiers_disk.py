@@ -195,7 +195,7 @@ def test_an_unknown_segment_file_is_removed(tmp_path: Path) -> None:
         assert survivors(again, range(2)) == {0, 1}
 
 
-@pytest.mark.parametrize("harm", ["missing", "empty", "noise", "cut", "text", "lmdb 1.0", "other format"])
+@pytest.mark.parametrize("harm", ["missing", "empty", "noise", "cut", "text", "lmdb 1.0", "other format", "empty key"])
 def test_a_damaged_index_is_rebuilt_from_the_slots(tmp_path: Path, harm: str) -> None:
     with tier(tmp_path / "kv") as opened:
         fill(opened, range(20))
@@ -226,6 +226,9 @@ def spoil(index: Path, harm: str) -> None:
         case "lmdb 1.0":
             shutil.rmtree(index)
             lmdb.open(str(index), lib_version=1).close()
+        case "empty key":  # a key length of 0 in a leaf: LMDB can read it and can't delete it
+            parts = data.read_bytes().split(page(7).key)
+            data.write_bytes(page(7).key.join([*(part[:-2] + bytes(2) for part in parts[:-1]), parts[-1]]))
         case "other format":
             env = lmdb.open(str(index), max_dbs=4, lib_version=0)
             with env.begin(write=True) as txn:
@@ -391,6 +394,28 @@ def test_write_errors_lose_only_that_write(tmp_path: Path) -> None:
         assert survivors(opened, range(10)) == set(range(10))
     with tier(tmp_path / "kv") as again:
         assert survivors(again, range(10)) == set(range(10))
+
+
+@pytest.mark.parametrize("pages", [100, 8])
+def test_a_disk_that_refuses_writes_keeps_what_it_has(tmp_path: Path, pages: int) -> None:
+    """Neither a segment that can't be made nor an eviction that can't be committed costs a page."""
+    with tier(tmp_path / "kv", pages=pages) as opened:
+        numbers = range(8 * opened._space.new_slots if pages == 8 else 8)
+        for number in numbers:
+            opened.put(page(number).header, payload(number))
+        there = survivors(opened, numbers)
+        with file_size_limit(8192):
+            for number in range(1000, 1010):
+                assert not opened.put(page(number).header, payload(number))
+                opened._paused_until = 0.0  # as if the pause were over
+            opened.check()
+        assert survivors(opened, numbers) == there
+        assert counts(opened)["disk_write_errors"] == 10
+        opened._paused_until = 0.0
+        assert opened.put(page(1000).header, payload(1000))
+    with tier(tmp_path / "kv", pages=pages) as again:
+        left = survivors(again, numbers)
+        assert left == there if pages == 100 else len(there - left) == 1
 
 
 @pytest.mark.parametrize("erase", [False, True])

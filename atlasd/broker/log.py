@@ -27,6 +27,7 @@ from .sessions import DATABASES, VERSION, Sessions
 logger = logging.getLogger("atlasd.log")
 FIRST_MAP_BYTES = 64 * 2**20
 MAX_BATCH = 128
+MAX_WARNINGS = 4
 FULL_BYTES = 16 * 2**20  # an I/O error with less room than this is taken for a full disk
 
 Work = Callable[[Sessions], Any]
@@ -55,6 +56,7 @@ class Log:
         self.map_bytes = map_bytes
         self._closed = False  # opening it anew has failed
         self.sessions = 0  # how many there are; set by the thread after each commit
+        self.warnings: list[str] = []  # what went wrong since the start; the thread puts another list in its place
         self._open()
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -155,6 +157,7 @@ class Log:
         if failure is None:
             return
         logger.error("commit failed: %s", failure.message)
+        self._warn(failure.message)
         if failure.code is ErrorCode.DISK_FULL:
             self._turn_over()
         for job in batch:
@@ -202,6 +205,10 @@ class Log:
             logger.exception("unexpected error in the session log")
             job.error = ErrorReply(ErrorCode.INTERNAL, "unexpected error in the session log")
 
+    def _warn(self, text: str) -> None:
+        """Keeps a warning once, the latest few."""
+        self.warnings = [*[each for each in self.warnings if each != text][-MAX_WARNINGS + 1 :], text]
+
     def _grow(self) -> None:
         self.map_bytes = self.env.info()["map_size"] * 2
         self.env.set_mapsize(self.map_bytes)
@@ -210,6 +217,7 @@ class Log:
     def _reopen(self) -> None:
         """After a failed write of a meta page LMDB refuses every further transaction until it is opened anew."""
         logger.warning("opening the session log anew")
+        self._warn("a write of the session log failed; it was opened anew")
         self._closed = True
         self.env.close()
         self._open()

@@ -59,5 +59,6 @@ def status(broker: Broker) -> StatusReply:
         engine_state=engine.state.state, engine_pid=engine.pid, engine_restarts=engine.restarts,
         engine_rss_bytes=rss_bytes(engine.pid) if engine.pid else 0, engine_error=engine.error,
         model=broker.models.current(), tiers=beat.tiers if beat else [], counters=beat.counters if beat else {},
-        counters_at=engine.pulse.beat_at - broker.started if beat else 0.0, warnings=beat.warnings if beat else [],
+        counters_at=engine.pulse.beat_at - broker.started if beat else 0.0,
+        warnings=[*broker.log.warnings, *(beat.warnings if beat else [])],
     )  # fmt: skip

@@ -35,7 +35,8 @@ UNHURT = ("--threads", "1", "--max-context", "2048", "--kv-disk-path", "none")
 class Row:
     """One scenario's result. `runs`: faults that happened. `wrong_tokens`: tokens that an undisturbed daemon would not
     have given. `lost_turns`: acknowledged turns that the log does not hold exactly. `undetected`: faults that nobody
-    was told of (no answer, a turn run twice, pages unaccounted for). `crashes`: ends of a process by its own fault."""
+    was told of (no answer, a turn run twice, pages unaccounted for). `crashes`: ends of a process by its own fault.
+    Where no daemon is at work: pages with other bytes, pages lost that were durable and not touched."""
 
     scenario: str
     runs: int = 0
@@ -83,7 +84,9 @@ class World:
         self.notes: list[str] = []
 
     def start(self) -> None:
-        """Starts both daemons."""
+        """Starts both daemons, if they have not been."""
+        if self.daemon.process is not None:
+            return
         self.daemon.start(ready=False)
         self.reference.start()
         self.daemon.wait_state("ready")
@@ -194,11 +197,10 @@ class World:
 
 @contextlib.contextmanager
 def world() -> Iterator[World]:
-    """Both daemons, running; killed and removed afterwards."""
+    """Both daemons, to be started; killed and removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="atlas-", ignore_cleanup_errors=True) as path:
         made = World(Path(path))
         try:
-            made.start()
             yield made
         finally:
             for daemon in (made.daemon, made.reference):

@@ -33,6 +33,7 @@ from .space import DiskConfig as DiskConfig
 from .space import Obstacle, Space
 from .writer import SlotWriter
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 READERS_LEAVE_S = 2.0
@@ -253,6 +254,8 @@ class DiskTier(Catalog[Place]):
                 self._space.add(segment)
             return True
         except OSError as error:
+            if error.errno not in FULL:  # a disk that fails is no reason to give pages up
+                raise
             self._grow_after = time.monotonic() + LONGEST_PAUSE_S
             if not any(segment.slot_bytes == self._slot_bytes for segment in self._space.segments.values()):
                 raise
@@ -263,9 +266,21 @@ class DiskTier(Catalog[Place]):
         """Removes up to `count` pages, in order of eviction, durably. False: none could go."""
         with self._state:
             victims = self._index.victims(count, self._fits)
-        removed = self._remove(victims)
+        try:
+            removed = self._remove(victims)
+        except OSError:
+            self._restore(victims)
+            raise
         self._counters.add("disk_pages_evicted", removed)
         return removed > 0
+
+    def _restore(self, entries: list[Entry[Place]]) -> None:
+        """Takes entries back whose removal could not be committed: their records and slots are as they were."""
+        with self._state:
+            for entry in entries:
+                self._leaving = [each for each in self._leaving if each is not entry]
+                entry.gone = False
+                self._index.add(entry)
 
     def _fits(self, place: Place) -> bool:
         return self._space.segment(place).slot_bytes == self._slot_bytes

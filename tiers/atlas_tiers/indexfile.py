@@ -90,7 +90,7 @@ class IndexFile:
         """Everything in the index, and how many records failed their checksum and were dropped. Raises IndexDamaged."""
         try:
             contents, bad = self._read()
-        except (lmdb.Error, struct.error) as error:
+        except (lmdb.Error, struct.error, IndexDamaged) as error:
             self.close()
             raise IndexDamaged(f"{self.directory}: {error}") from None
         if bad:
@@ -103,6 +103,8 @@ class IndexFile:
         with self._env.begin() as txn:
             stamps = {bytes(k): _U64.unpack(v)[0] for k, v in txn.cursor(self._stamps) if len(v) == _U64.size}
             for key, value in txn.cursor(self._pages):
+                if len(key) != KEY_BYTES:  # no record of ours, and LMDB may refuse to delete it
+                    raise IndexDamaged(f"a key of {len(key)} bytes")
                 entry = _decode(bytes(key), bytes(value))
                 if entry is None:
                     bad.append(bytes(key))
@@ -187,8 +189,6 @@ def _decode(key: bytes, value: bytes) -> Entry[Place] | None:
     if not 0 < len(record) - _RECORD.size <= PACKED_BYTES or check != _U64.pack(checksum(key + record)):
         return None
     identity, parent, segment, slot, stamp = _RECORD.unpack_from(record)
-    if len(key) != KEY_BYTES:
-        return None
     return Entry(PageId(key, parent, record[_RECORD.size :]), Place(segment, slot), identity=identity, stamp=stamp)
 
 
