@@ -122,7 +122,7 @@ def test_families_with_little_memory(
     both.tight.kill()
     both.tight.start()
     _, tight = both.equal("s", ids(500, seed=4), 70)
-    assert tight.usage.restored > 3000
+    assert tight.usage.restored + tight.usage.reused > 3000
 
 
 def test_several_long_sessions_at_once_share_a_small_pool(pair: Callable[..., Pair]) -> None:
