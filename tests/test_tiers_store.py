@@ -309,7 +309,7 @@ def test_release_while_pages_are_read(tmp_path: Path) -> None:
 def until_idle(tiered: TieredStore) -> None:
     """Every fill that was asked for came back."""
     for _ in range(1000):
-        if not tiered._fills:
+        if not tiered._restore.busy:
             return
         tiered.wait(0.05)
         tiered.poll()

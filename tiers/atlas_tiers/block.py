@@ -34,6 +34,7 @@ class Block:
     refs: int = 0
     page: PageId | None = None
     registered: bool = False  # found by its key; a second copy of the same page is not
+    filling: bool = False  # its bytes are being read
 
 
 class BlockPool:

@@ -1,14 +1,11 @@
 """All tiers behind one handle: what the engine's main loop calls. Engine thread only; the mover's threads do the I/O.
 
-A page leaves the device pool when no one references it and its block is wanted; it goes to the host tier if there is
-one. Durable sequences' pages are also written to disk behind the engine as they fill; those of anonymous ones when they
-are used a second time. When that queue is full a page is left out, and persist(), which asks the disk what it lacks,
-writes it later.
+A page leaves the device pool when no one references it and its block is wanted (`room`); it goes to the host tier if
+there is one. `writebehind` brings pages to disk, `restore` brings them back.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 import time
@@ -24,31 +21,25 @@ from .disk import DiskTier
 from .evict import Uses, make_policy
 from .held import Held
 from .host import HostTier
-from .keys import PACKED_BYTES, TOKEN_BYTES, PageId, chain, identity_hash, pack, root_key
-from .memory import copy
-from .mover import HoldJob, Job, Mover, ReadJob, TicketJob, WriteJob
+from .keys import PACKED_BYTES, PageId, chain, identity_hash, pack, root_key
+from .mover import HoldJob, Mover, ReadJob, WriteJob
 from .pool import DeviceTier
 from .prefix import Prefix, longest_prefix
 from .rates import Rates
+from .restore import Restore
 from .room import Room
 from .sequence import Sequence
 from .space import DiskConfig
 from .stream import Pass, Ring, Want
 from .tensors import payload_layers, slab_tensor
 from .whereabouts import count_by_tier
+from .writebehind import WriteBehind
 
 READERS = 3
 STREAM_READERS = 3
 SPLIT_PAGES = 16  # most pages of a context that attention asks for at a time
 WORKING_BLOCKS = 10  # left free when a long context is opened, for the first tokens it computes
 UNLIMITED = 1 << 40  # tokens
-QUEUE_BYTES = 256 << 20  # of pages waiting to be written; each keeps its block
-
-
-@dataclasses.dataclass(slots=True)
-class _Filling:
-    job: ReadJob
-    waiters: list[Sequence]
 
 
 class TieredStore:
@@ -86,17 +77,14 @@ class TieredStore:
         self._disk = self._open_disk(disk)
         self._tiers: list[Catalog[Any]] = [tier for tier in (self._host, self._disk) if tier is not None]
         self._mover = Mover(self._memory.write, self._host, self._disk, self._counters, self._rates, READERS, event)
-        self._room = Room(
-            self.pool, self._memory, self._host, self._disk, self._counters, self._write_behind, lambda: self.writing
-        )
+        lower = (self._host, self._disk)
+        self._restore = Restore(self.pool, self._memory, self._host, self._mover)
+        self._writes = WriteBehind(self.pool, self._memory, *lower, self._mover, self._counters, layout.page_bytes)
+        self._room = Room(self.pool, self._memory, *lower, self._counters, self._writes.write, lambda: self.writing)
         self._ring = Ring(layout, self._counters, most=SPLIT_PAGES, readers=STREAM_READERS)
         on_cpu = device == "cpu"  # there attention reads the host tier in place
         in_place = self._host if on_cpu else None
         self.host_pages = payload_layers(layout, slab_tensor(in_place.slab, layout.page_bytes)) if in_place else {}
-        self._fills: dict[int, _Filling] = {}  # by block number
-        self._holds: dict[HoldJob, tuple[Sequence, int]] = {}  # the sequence and position that wait for it
-        self._queued: set[bytes] = set()  # keys of pages in the write queue
-        self._queue_pages = max(4, min(QUEUE_BYTES // layout.page_bytes, device_blocks // 4))
 
     def _make_host(self, limit_bytes: int) -> HostTier:
         return HostTier(self.layout, limit_bytes, self._counters, self._policy())
@@ -142,10 +130,10 @@ class TieredStore:
         self._count(hits, len(tokens) - 1)
         sequence = Sequence(self, root, durable=durable)
         self._room.running.append(sequence)
-        self._place(sequence, found, fresh)
+        self._restore.begin(sequence, found, fresh)
         sequence.reset_reason = reason
         if self._disk is not None:
-            self._keep_reused([hit.page for hit in found.hits if not hit.past])
+            self._writes.used_again(hit.page for hit in found.hits if not hit.past)
             for hit in reversed(found.hits):
                 if not hit.past:
                     self._disk.touch(hit.page)
@@ -159,19 +147,6 @@ class TieredStore:
         room = self.pool.available - min(to_compute, WORKING_BLOCKS)
         return wanted if wanted <= room else max(own, room)
 
-    def _keep_reused(self, pages: list[PageId]) -> None:
-        """Queues pages that are used a second time and not on disk: those that an anonymous sequence computed."""
-        for page in pages:
-            if self._on_disk(page):
-                continue
-            if len(self._queued) >= self._queue_pages:
-                self._counters.add("disk_writes_deferred")
-                return
-            job = self._job_from_memory(page)
-            if job is not None:
-                self._counters.add("disk_second_use_pages")
-                self._mover.submit([job])
-
     def note_prefill(self, tokens: int, position: int, seconds: float) -> None:
         """See KVStore.note_prefill."""
         if tokens >= BLOCK_TOKENS:
@@ -184,61 +159,6 @@ class TieredStore:
         self._uses.add(key for _, key in hits)
         self._counters.add("miss_pages", max(0, -(-offered // BLOCK_TOKENS) - len(hits)))
 
-    def _place(self, sequence: Sequence, found: Prefix, fresh: list[Block]) -> None:
-        """Gives each page its block, as far as there are any, and starts the reads."""
-        blocks: list[Block | None] = []
-        jobs: list[Job] = []
-        waiting: set[int] = set()
-        tail = self._place_tail(found, fresh, jobs) if found.tail is not None else None
-        host_room = (self._host.unheld if self._host is not None else 0) - sum(job.to_host for job in self._holds)
-        for hit in found.hits:
-            block = hit.block
-            if hit.past:
-                blocks.append(None)
-                continue
-            if block is None and fresh:
-                block = fresh.pop()
-                self.pool.register(block, hit.page)
-                jobs.append(self._fill(block, ReadJob(block, hit.page, hit.sources)))
-            elif block is None:
-                waiting.add(len(blocks))
-                job = HoldJob(hit.page, hit.sources, to_host=host_room > 0)
-                self._holds[job] = (sequence, len(blocks))
-                jobs.append(job)
-                host_room -= 1
-            blocks.append(block)
-        rest = b""
-        if tail is not None and found.tail is not None:
-            blocks.append(tail)
-            rest = found.tail.hit.page.packed[: found.tail.used * TOKEN_BYTES]
-        for position, block in enumerate(blocks):
-            if block is not None and block.number in self._fills:
-                waiting.add(position)
-                self._fills[block.number].waiters.append(sequence)
-        sequence.begin(blocks, [hit.page for hit in found.hits], rest, waiting)
-        self._mover.submit(jobs)
-
-    def _place_tail(self, found: Prefix, fresh: list[Block], jobs: list[Job]) -> Block:
-        """The block that the sequence appends to: taken over, copied, or being read."""
-        tail = found.tail
-        if tail is None:
-            raise ValueError("no tail was found")
-        source = tail.hit.block
-        if tail.owned and source is not None:
-            return source
-        block = fresh.pop()
-        if source is None:
-            jobs.append(self._fill(block, ReadJob(block, tail.hit.page, tail.hit.sources)))
-        else:
-            self._memory.duplicate(source.number, block.number)
-            self.pool.release(source)
-        return block
-
-    def _fill(self, block: Block, job: ReadJob) -> ReadJob:
-        self.pool.acquire(block)
-        self._fills[block.number] = _Filling(job, [])
-        return job
-
     # --- called by sequences -----------------------------------------------------------------------
 
     def take(self, count: int) -> list[Block]:
@@ -248,24 +168,10 @@ class TieredStore:
         return self._room.take(count)
 
     def let_go(self, sequence: Sequence, blocks: list[Block | None], away: list[Held]) -> None:
-        """Drops a sequence's references, the end of its chain first: it is to be evicted before the beginning."""
-        for held in away:
-            held.let_go()
-        first = len(sequence.blocks) if not sequence.released else 0
-        for job, (waiting, position) in self._holds.items():
-            job.wanted = job.wanted and not (waiting is sequence and position >= first)
+        """Drops a sequence's references; those of a released one are all it had."""
         if sequence.released:
             self._room.running.remove(sequence)
-        for block in reversed(blocks):
-            if block is None:
-                continue
-            filling = self._fills.get(block.number)
-            if filling is not None and sequence in filling.waiters:
-                filling.waiters.remove(sequence)
-                if not filling.waiters:
-                    filling.job.wanted = False
-                    self.pool.abandon(block)
-            self.pool.release(block)
+        self._restore.let_go(sequence, blocks, away)
 
     def let_past(self, block: Block | None, held: Held | None) -> None:
         """Drops a sequence's reference to a page that it does not need any more."""
@@ -277,44 +183,19 @@ class TieredStore:
     def seal(self, sequence: Sequence, block: Block, page: PageId) -> None:
         """A block is full. A durable sequence's is queued to be written, unless the queue is full."""
         self.pool.seal(block, page)
-        if not sequence.durable or self._on_disk(page):
-            return
-        if len(self._queued) >= self._queue_pages:
-            self._counters.add("disk_writes_deferred")
-            return
-        self._mover.submit([self._write_job(block, page)])
+        if sequence.durable:
+            self._writes.sealed(block, page)
 
     def persist_sequence(self, sequence: Sequence) -> Ticket:
         """See KVSequence.persist. Raises ValueError for a sequence that is not ready."""
         if not sequence.ready:
             raise ValueError("only a ready sequence can be persisted")
-        ticket = Ticket()
-        if self._disk is None or not sequence.durable:
-            ticket.done = True
-            return ticket
+        if not sequence.durable:
+            return Ticket(done=True)
         first = min(sequence.first_needed, len(sequence.pages))
         pages = [*sequence.pages[first:], *([sequence.tail] if sequence.tail else [])]
-        jobs: list[Job] = []
-        for page, block in zip(pages, sequence.blocks[first:], strict=False):  # reserved blocks may follow
-            if not self._on_disk(page):
-                job = self._write_job(block, page) if block is not None else self._job_from_memory(page)
-                jobs += [job] if job is not None else []
-        superseded = functools.partial(_superseded, sequence.new_parts())
-        self._mover.submit([*jobs, TicketJob(ticket, pages, superseded)])
-        return ticket
-
-    def _on_disk(self, page: PageId) -> bool:
-        """On disk or on its way there. A ticket finds out whether it arrived."""
-        return self._disk is None or page.key in self._queued or self._disk.holds(page)
-
-    def _write_behind(self, block: Block, page: PageId) -> None:
-        if page.key not in self._queued:
-            self._mover.submit([self._write_job(block, page)])
-
-    def _write_job(self, block: Block, page: PageId) -> WriteJob:
-        self.pool.acquire(block)
-        self._queued.add(page.key)
-        return WriteJob(page, functools.partial(self._memory.read, block.number), block)
+        blocks = zip(pages, sequence.blocks[first:], strict=False)  # reserved blocks may follow
+        return self._writes.ticket(list(blocks), sequence.new_parts())
 
     def _demote(self, number: int, page: PageId) -> None:
         """A page is about to leave the device pool."""
@@ -330,31 +211,11 @@ class TieredStore:
         while self._mover.finished:
             job = self._mover.finished.popleft()
             if isinstance(job, ReadJob):
-                self._filled(job)
+                self._restore.filled(job)
             elif isinstance(job, HoldJob):
-                self._held(job)
+                self._restore.held(job)
             elif isinstance(job, WriteJob):
-                self._queued.discard(job.page.key)
-                if job.block is not None:
-                    self.pool.release(job.block)
-
-    def _filled(self, job: ReadJob) -> None:
-        waiters = self._fills.pop(job.block.number).waiters
-        if not job.ok:
-            self.pool.abandon(job.block)
-        elif job.block.registered:
-            self.pool.seal(job.block, job.page)
-        reason = "" if job.ok else job.reason or "restore was stopped"
-        for sequence in waiters:
-            sequence.filled(job.block, reason)
-        self.pool.release(job.block)
-
-    def _held(self, job: HoldJob) -> None:
-        sequence, position = self._holds.pop(job)
-        if job.wanted:
-            sequence.held(position, job.held, "" if job.held else job.reason or "restore was stopped")
-        elif job.held is not None:
-            job.held.let_go()
+                self._writes.written(job)
 
     def read_ahead(self, wants: Tokens[Want]) -> Pass:
         """Starts bringing layer slices of away pages for one forward pass; see KVStore.read_ahead."""
@@ -367,7 +228,7 @@ class TieredStore:
     @property
     def writing(self) -> bool:
         """Whether queued writes, or reads that nobody wants any more, hold blocks: OutOfBlocks may pass by itself."""
-        return bool(self._queued or self._fills or self._holds)
+        return self._writes.busy or self._restore.busy
 
     @property
     def pool_blocks(self) -> int:
@@ -389,36 +250,7 @@ class TieredStore:
     def persist(self, tokens: Tokens[int], owner: str) -> Ticket:
         """Writes those pages of the chain that are in memory but not on disk. The ticket covers the pages that are in
         any tier."""
-        ticket = Ticket()
-        if self._disk is None:
-            ticket.done = True
-            return ticket
-        covered: list[PageId] = []
-        jobs: list[WriteJob] = []
-        for page in self._chain(tokens, owner):
-            job = None if self._on_disk(page) else self._job_from_memory(page)
-            if job is not None or self._on_disk(page):
-                covered.append(page)
-            if job is not None:
-                jobs.append(job)
-        self._mover.submit([*jobs, TicketJob(ticket, covered, lambda disk: [])])
-        return ticket
-
-    def _job_from_memory(self, page: PageId) -> WriteJob | None:
-        block = self.pool.find(page)
-        if block is not None and block.number not in self._fills:
-            return self._write_job(block, page)
-        entry = self._host.pin(page) if self._host is not None else None
-        if self._host is None or entry is None:
-            return None
-        host = self._host
-        self._queued.add(page.key)
-        return WriteJob(
-            page,
-            lambda into: host.load(entry, lambda payload: copy(into, payload)),
-            None,
-            functools.partial(host.unpin, entry),
-        )
+        return self._writes.checkpoint(self._chain(tokens, owner))
 
     def purge(self, tokens: Tokens[int], owner: str, *, keep: int = 0) -> int:
         """Erases the chain's pages and tails that no running sequence holds, on every tier, but for those that end
@@ -442,7 +274,7 @@ class TieredStore:
     def _held_keys(self) -> set[bytes]:
         """Pages of running sequences that lie in lower tiers: erasing one would wait for this very thread."""
         held = {page.entry.page.key for sequence in self._room.running for page in sequence.away.values()}
-        return held | {job.page.key for job in self._holds}
+        return held | self._restore.held_keys()
 
     def _unused(self, page: PageId) -> bool:
         block = self.pool.find(page)
@@ -468,7 +300,7 @@ class TieredStore:
         """How many of `tokens` have their K/V in which tier; see KVStore.locate."""
         growing = [sequence.tail for sequence in self._room.running if sequence.ready]
         return count_by_tier(
-            self._chain(tokens, owner), self.pool, lambda number: number not in self._fills,
+            self._chain(tokens, owner), self.pool,
             [tail for tail in growing if tail is not None], self._tiers,
         )  # fmt: skip
 
@@ -506,13 +338,3 @@ class TieredStore:
         pages = chain(root, packed)
         rest = packed[len(pages) * PACKED_BYTES :]
         return [*pages, PageId.of(pages[-1].key if pages else root, rest, len(pages))] if rest else pages
-
-
-def _superseded(parts: list[PageId], disk: DiskTier) -> list[bytes]:
-    """Keys of tails on disk that end where `parts` go on."""
-    return [
-        tail.key
-        for part in parts
-        for tail in disk.followers(part.parent)
-        if tail.is_tail and tail.count < part.count and part.packed.startswith(tail.packed)
-    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .block import BlockPool
@@ -15,17 +15,16 @@ NOWHERE = "nowhere"
 def count_by_tier(
     pages: Iterable[PageId],
     pool: BlockPool,
-    filled: Callable[[int], bool],
     growing: Sequence[PageId],
     tiers: Sequence[Catalog[Any]],
 ) -> dict[str, int]:
     """Tokens of `pages` by the fastest tier that holds them ("device" first, then `tiers` in order), the others under
-    NOWHERE: the counts add up to the pages' tokens. `filled` says whether a block's bytes have arrived; `growing` are
+    NOWHERE: the counts add up to the pages' tokens. `growing` are
     the part-filled pages that running sequences append to. A page that is nowhere as a whole counts as far as another
     page after the same parent agrees with it: that much of it is used when the chain is opened."""
     counts = dict.fromkeys(["device", *(tier.name for tier in tiers), NOWHERE], 0)
     for page in pages:
-        name = _tier_of(page, pool, filled, tiers)
+        name = _tier_of(page, pool, tiers)
         if name is not None:
             counts[name] += page.count
             continue
@@ -35,9 +34,9 @@ def count_by_tier(
     return counts
 
 
-def _tier_of(page: PageId, pool: BlockPool, filled: Callable[[int], bool], tiers: Sequence[Catalog[Any]]) -> str | None:
+def _tier_of(page: PageId, pool: BlockPool, tiers: Sequence[Catalog[Any]]) -> str | None:
     block = pool.find(page)
-    if block is not None and filled(block.number):
+    if block is not None and not block.filling:
         return "device"
     return next((tier.name for tier in tiers if tier.holds(page)), None)
 
