@@ -194,6 +194,9 @@ def test_blocks_are_shared_as_a_long_context_needs_them() -> None:
     assert lane_blocks(window, 300, 512) == 6
     budget = 10 * (101 * full.page_bytes + 14 * window.page_bytes)
     assert split_blocks([full, window], budget, 6400, 512) == [1010, 140]
+    least = 14 * window.page_bytes + 20 * full.page_bytes
+    assert split_blocks([full, window], least, 6400, 512) == [20, 14]
+    assert split_blocks([full, window], 12 * window.page_bytes, 6400, 512)[1] == 9
     assert split_blocks([full], 5 * full.page_bytes, 6400, 512) == [5]
 
 

@@ -19,6 +19,7 @@ from .stream import Pass, Want
 from .tensors import LayerPages
 
 NAMES = ("full", "window")  # directories of the lanes' pages on disk
+MOST_WINDOW = 0.75
 
 
 class LanedSequence:
@@ -259,10 +260,18 @@ def _sum(left: TierStats, right: TierStats) -> TierStats:
 
 def split_blocks(lanes: list[PageLayout], budget: int, context: int, chunk: int) -> list[int]:
     """Blocks for each lane out of `budget` bytes, in the proportion in which a context of `context` tokens needs them
-    when it is computed in chunks of `chunk` tokens."""
+    when it is computed in chunks of `chunk` tokens. A lane with a window gets what one sequence keeps there, up to
+    MOST_WINDOW of the bytes: its pages are wanted in every step, and the other lane's can be read where they lie."""
     weights = [lane_blocks(lane, context, chunk) for lane in lanes]
     size = sum(weight * lane.page_bytes for weight, lane in zip(weights, lanes, strict=True))
-    return [int(budget * weight / size) for weight in weights]
+    blocks = [int(budget * weight / size) for weight in weights]
+    if len(lanes) == 1:
+        return blocks
+    full, window = (lane.page_bytes for lane in lanes)
+    least = min(weights[1], int(MOST_WINDOW * budget / window))
+    if blocks[1] >= least:
+        return blocks
+    return [(budget - least * window) // full, least]
 
 
 def lane_blocks(lane: PageLayout, context: int, chunk: int) -> int:
