@@ -18,6 +18,7 @@ import torch
 from atlas_kernels import linear_cpu, linear_torch
 from atlas_kernels.attention_cpu import Call, Pages, attend
 from atlas_kernels.cpu.library import Unavailable, library
+from atlas_kernels.dispatch import quantized_linear
 from atlas_kernels.reference import PackedWeight
 from report import row
 
@@ -84,7 +85,7 @@ def small_linears(outputs: int, inputs: int) -> None:
         x = torch.randn(rows, inputs)
         torch_s, took, ratio = pairs(
             lambda x=x: [linear_torch.linear(x, weight, None) for _ in range(20)],
-            lambda x=x: [linear_cpu.linear(x, weight, None) for _ in range(20)],
+            lambda x=x: [quantized_linear(x, weight, None) for _ in range(20)],
         )
         name, against = (
             f"linear {outputs} x {inputs}, {rows} rows, 1 thread",
