@@ -195,6 +195,7 @@ def test_an_appended_session_answers_like_one_prompt(client: Client) -> None:
 def test_many_requests_in_little_memory_give_way_and_all_finish(daemon: Daemon) -> None:
     """A pool of 12 pages (768 tokens) for 4 requests that grow to 300 tokens each."""
     daemon.flags[daemon.flags.index("--kv-ram-gb") + 1] = "0.0045"
+    daemon.flags += ["--kv-disk-path", "none"]
     daemon.start()
     with Client(daemon.socket) as client:
         prompts = [[(n * 31 + i * 7) % 4000 + 7 for i in range(200)] for n in range(4)]

@@ -191,6 +191,7 @@ def test_work_grows_with_the_logarithm(name: str) -> None:
     class Counting:
         def __init__(self) -> None:
             self.inner = make_policy(name, Uses(), relative_cost)
+            self.chained = True
 
         def worth(self, page: PageId) -> float:
             return Worth(self.inner.worth(page))

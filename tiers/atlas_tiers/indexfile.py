@@ -57,6 +57,7 @@ class IndexFile:
         """Opens the index, or makes an empty one. Raises IndexDamaged if it can't be trusted."""
         self.directory = directory
         self._data = directory / "data.mdb"
+        self._closed = False  # after a failure, until it is opened anew
         fresh = not self._data.exists()
         if not fresh:
             _verify(directory)
@@ -88,8 +89,13 @@ class IndexFile:
 
     def load(self) -> tuple[Contents, int]:
         """Everything in the index, and how many records failed their checksum and were dropped. Raises IndexDamaged."""
+        if self._closed:
+            self._reopen()
         try:
             contents, bad = self._read()
+        except lmdb.PanicError:
+            self._closed = True
+            return self.load()
         except (lmdb.Error, struct.error, IndexDamaged) as error:
             self.close()
             raise IndexDamaged(f"{self.directory}: {error}") from None
@@ -122,14 +128,27 @@ class IndexFile:
     def apply(self, changes: Changes) -> None:
         """One durable transaction: all of it or nothing. The map is doubled when it is full."""
         while True:
+            if self._closed:
+                self._reopen()
             try:
                 with self._env.begin(write=True) as txn:
                     self._write(txn, changes)
                 return
             except lmdb.MapFullError:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
+            except lmdb.PanicError:
+                self._closed = True
             except lmdb.Error as error:
                 raise _os_error(error) from None
+
+    def _reopen(self) -> None:
+        """After a failed write of a meta page LMDB refuses every further transaction until it is opened anew."""
+        self._env.close()
+        try:
+            self._open()
+        except lmdb.Error as error:
+            raise _os_error(error) from None
+        self._closed = False
 
     def _write(self, txn: lmdb.Transaction, changes: Changes) -> None:
         for key in changes.delete:
