@@ -8,9 +8,9 @@ import time
 from typing import TYPE_CHECKING
 
 from atlas_client.protocol import Timings, Usage
-from atlas_tiers.base import KVSequence, Ticket
+from atlas_tiers.base import BLOCK_TOKENS, KVSequence, Ticket
 
-from .messages import Submit
+from .messages import Finished, Submit
 
 if TYPE_CHECKING:
     from .sampling import Sampler
@@ -78,6 +78,39 @@ class Request:
     @property
     def decoding(self) -> bool:
         return self.pending == 1 and len(self.tokens) > self.base
+
+    def why_computed(self, found: int, identity: str, *, keeps_disk: bool) -> str:
+        """Why pages for only `found` of the session's tokens were usable; its last token never had K/V. "": nothing
+        was lost."""
+        lost = len(self.history) - 1 - found
+        if lost <= 0:
+            return ""
+        before = self.submit.kv_identity
+        if not before:
+            return "" if lost < BLOCK_TOKENS else "no KV pages were kept for this session yet"
+        if before != identity:
+            return "the pages are of another model, quantization or KV type"
+        if lost < BLOCK_TOKENS:
+            return f"the last part-filled page was not kept: {lost} tokens recomputed"
+        if not keeps_disk:
+            return "KV pages are kept in memory only and were gone"
+        return "the pages were evicted, or never reached the disk"
+
+    def finished(self, identity: str, tokenizer: str) -> Finished:
+        """The terminal message of a request that ended well."""
+        return Finished(
+            rid=self.rid,
+            finish_reason=self.finish_reason,
+            text=self.text,
+            prompt_text=self.prompt_text,
+            usage=self.usage,
+            timings=self.timings(),
+            kv_durable=bool(self.ticket and self.ticket.durable),
+            kv_identity=identity,
+            tokenizer=tokenizer,
+            reset_reason=self.reset_reason,
+            seed=self.submit.request.sampling.seed,
+        )
 
     def timings(self) -> Timings:
         """Milliseconds since arrival, split at admission, restore and first token."""

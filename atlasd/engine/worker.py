@@ -20,7 +20,7 @@ from atlasd.config import Config
 from .census import Census
 from .forward import Forward, Piece
 from .link import Link, encode
-from .messages import Failed, Finished, Locate, Persist, Persisted, Relay, Shutdown, Started, Submit
+from .messages import Failed, Locate, Persist, Persisted, Relay, Shutdown, Started, Submit
 from .model import LoadedModel
 from .request import Request, State
 from .sampling import Sampler
@@ -212,25 +212,11 @@ class Worker:
         request.usage.prompt = request.base
         request.usage.reused, request.usage.restored = kv.reused, kv.restored
         request.usage.prefilled = request.base - kv.length
-        request.reset_reason = self._reset_reason(request, kv.length, kv.reset_reason)
+        request.reset_reason = kv.reset_reason or request.why_computed(
+            kv.length, self.loaded.identity, keeps_disk=self.keeps_disk
+        )
         if kv.restored:
             self._progress(request, "restore", kv.restored, kv.restored)
-
-    def _reset_reason(self, request: Request, found: int, said: str) -> str:
-        """Why less than the session's computed tokens was usable; its last token never had K/V."""
-        lost = len(request.history) - 1 - found
-        if lost <= 0 or said:
-            return said
-        before = request.submit.kv_identity
-        if not before:
-            return "" if lost < BLOCK_TOKENS else "no KV pages were kept for this session yet"
-        if before != self.loaded.identity:
-            return "the pages are of another model, quantization or KV type"
-        if lost < BLOCK_TOKENS:
-            return f"the last part-filled page was not kept: {lost} tokens recomputed"
-        if not self.keeps_disk:
-            return "KV pages are kept in memory only and were gone"
-        return "the pages were evicted, or never reached the disk"
 
     # --- computing ------------------------------------------------------------------------------------
 
@@ -371,20 +357,7 @@ class Worker:
     def _answer(self, request: Request) -> None:
         assert request.kv is not None
         request.kv.release()
-        sampling = request.submit.request.sampling
-        message = Finished(
-            rid=request.rid,
-            finish_reason=request.finish_reason,
-            text=request.text,
-            prompt_text=request.prompt_text,
-            usage=request.usage,
-            timings=request.timings(),
-            kv_durable=bool(request.ticket and request.ticket.durable),
-            kv_identity=self.loaded.identity,
-            tokenizer=self.loaded.tokenizer_id,
-            reset_reason=request.reset_reason,
-            seed=sampling.seed,
-        )
+        message = request.finished(self.loaded.identity, self.loaded.tokenizer_id)
         self.link.send(message, [_raw(request.prompt), _raw(request.generated)])
 
     def fail(self, request: Request, error: ErrorReply) -> None:
