@@ -7,13 +7,15 @@ buffer, threads fill the next ones. A slice is verified before it is handed out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 import torch
 
-from .base import PageLayout
+from .base import KVGroup, PageLayout
 from .counters import Counters
 from .held import Held
 from .memory import aligned_buffer
@@ -21,7 +23,7 @@ from .tensors import LayerPages, layer_pages
 
 RING_BYTES = 64 << 20
 MOST_BUFFERS = 8
-PAGES_A_TASK = 4  # read by one thread after the other
+TASK_BYTES = 1 << 20  # read by one thread, page after page: less is not worth waking one for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Ring:
         self._bytes = most * max(layout.layer_bytes(group) for group in layout.groups)
         self._count = max(2, min(MOST_BUFFERS, RING_BYTES // self._bytes))
         self._buffers: list[_Buffer] = []
+        self._views: dict[tuple[int, KVGroup, int], LayerPages] = {}
+        self._readers = readers
         self._threads = ThreadPoolExecutor(readers, "kv-stream")
 
     def begin(self, wants: Sequence[Want]) -> Pass:
@@ -70,25 +74,33 @@ class Ring:
             self._buffers.append(_Buffer(memory, torch.frombuffer(memory, dtype=torch.uint8)))
         return Pass(self, wants)
 
-    def fill(self, buffer: int, want: Want) -> list[Future[None]]:
-        """Starts filling a buffer that nobody uses."""
+    def tasks(self, want: Want) -> list[range]:
+        """A Want's pages in the portions that one thread reads."""
         size = self._layout.layer_bytes(self._groups[want.layer])
-        starts = range(0, len(want.pages), PAGES_A_TASK)
-        return [self._threads.submit(self._read, buffer, want, start, size) for start in starts]
+        count, step = len(want.pages), max(1, TASK_BYTES // size)
+        return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
-    def _read(self, buffer: int, want: Want, start: int, size: int) -> None:
-        part = self._parts[want.layer]
-        for n, page in enumerate(want.pages[start : start + PAGES_A_TASK], start):
-            into = self._buffers[buffer].memory[n * size : (n + 1) * size]
-            page.tier.load_parts(page.entry, part, part + 1, into)
+    def read(self, buffer: int, want: Want, task: range) -> None:
+        """Fills a portion of a buffer that nobody uses. Any thread. Raises PageDamaged."""
+        part, size = self._parts[want.layer], self._layout.layer_bytes(self._groups[want.layer])
+        for n in task:
+            page = want.pages[n]
+            page.tier.load_parts(page.entry, part, part + 1, self._buffers[buffer].memory[n * size : (n + 1) * size])
             self._counters.add("streamed_host_bytes" if page.in_ram else "streamed_disk_bytes", size)
+
+    def start(self, work: Callable[[], None]) -> list[Future[None]]:
+        """Runs `work` on every reading thread."""
+        return [self._threads.submit(work) for _ in range(self._readers)]
 
     def view(self, buffer: int, want: Want) -> LayerPages:
         """A filled buffer as pages."""
-        group = self._groups[want.layer]
-        size = self._layout.layer_bytes(group)
-        raw = self._buffers[buffer].tensor[: len(want.pages) * size].view(len(want.pages), size)
-        return layer_pages(self._layout, group, raw)
+        group, count = self._groups[want.layer], len(want.pages)
+        found = self._views.get((buffer, group, count))
+        if found is None:
+            size = self._layout.layer_bytes(group)
+            raw = self._buffers[buffer].tensor[: count * size].view(count, size)
+            found = self._views[buffer, group, count] = layer_pages(self._layout, group, raw)
+        return found
 
     @property
     def depth(self) -> int:
@@ -101,35 +113,59 @@ class Ring:
 
 
 class Pass:
-    """The slices of one forward pass, one after the other."""
+    """See Slices. The threads take portions in order, as far as buffers are free."""
 
     def __init__(self, ring: Ring, wants: Sequence[Want]) -> None:
         self._ring, self._wants = ring, wants
-        self._filling: list[list[Future[None]]] = []
+        portions = [ring.tasks(want) for want in wants]
+        self._left = [len(tasks) for tasks in portions]  # portions not yet read, by want
+        self._queue = deque((number, task) for number, tasks in enumerate(portions) for task in tasks)
+        self._errors: dict[int, Exception] = {}  # by want
+        lock = threading.Lock()
+        self._room, self._filled = threading.Condition(lock), threading.Condition(lock)
         self._taken = 0
-        self._fill()
+        self._stopped = False
+        self._working = ring.start(self._work)
 
-    def _fill(self) -> None:
+    def _fillable(self) -> bool:
         """The buffer of the last slices that were handed out is still in use; all others may be filled."""
-        while len(self._filling) < min(len(self._wants), max(0, self._taken - 1) + self._ring.depth):
-            number = len(self._filling)
-            self._filling.append(self._ring.fill(number % self._ring.depth, self._wants[number]))
+        return self._queue[0][0] < max(0, self._taken - 1) + self._ring.depth
+
+    def _work(self) -> None:
+        while True:
+            with self._room:
+                self._room.wait_for(lambda: self._stopped or not self._queue or self._fillable())
+                if self._stopped or not self._queue:
+                    return
+                number, task = self._queue.popleft()
+            error = None
+            try:
+                self._ring.read(number % self._ring.depth, self._wants[number], task)
+            except Exception as failure:
+                error = failure  # for the thread that takes the slices
+            with self._filled:
+                if error is not None:
+                    self._errors[number] = error
+                self._left[number] -= 1
+                if not self._left[number]:
+                    self._filled.notify()
 
     def take(self, layer: int) -> LayerPages:
-        """The next slices, valid until the next call. Raises PageDamaged, and ValueError when `layer` is not the one
-        whose turn it is."""
+        """See Slices."""
         number = self._taken
         if number >= len(self._wants) or self._wants[number].layer != layer:
             raise ValueError(f"layer {layer} wants pages that were not read ahead")
-        self._taken += 1
-        self._fill()
-        for task in self._filling[number]:
-            task.result()
+        with self._filled:
+            self._taken += 1
+            self._room.notify_all()
+            self._filled.wait_for(lambda: not self._left[number])
+            if number in self._errors:
+                raise self._errors[number]
         return self._ring.view(number % self._ring.depth, self._wants[number])
 
     def close(self) -> None:
-        """Waits for the reads that are under way: buffers and pins may be used otherwise then."""
-        for tasks in self._filling[max(0, self._taken - 1) :]:
-            for task in tasks:
-                if not task.cancel():
-                    task.exception()
+        """See Slices."""
+        with self._room:
+            self._stopped = True
+            self._room.notify_all()
+        wait(self._working)
