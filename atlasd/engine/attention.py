@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
-from .context import Lies, Pages, Reader, Span, key_splits
+from .context import Pages, Reader, Span, key_splits
 
 NAME = "atlas"
 FEW_ROWS = 16  # query rows that are attended to where the blocks lie; more are worth gathering K and V for
@@ -43,8 +43,12 @@ class Sink(Protocol):
 class Step:
     """A forward pass over `spans`: writes K/V to the device pool's blocks and attends over each span's pages."""
 
-    def __init__(self, pages: Pages, spans: list[Span], on_layer: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, pages: Pages, spans: list[Span], on_layer: Callable[[], None] = lambda: None, threads: int = 0
+    ) -> None:
+        """`threads`: most for attention to blocks in place; the pass's matrices may be worth fewer. 0: as for these."""
         self.spans = spans
+        self._threads = threads or torch.get_num_threads()
         self._pages = pages.pages
         self._on_layer = on_layer
         self._windows = {layer: group.window for group in pages.layout.groups for layer in group.layers}
@@ -101,12 +105,12 @@ class Step:
     def _attend_in_place(
         self, layer: int, span: Span, query: torch.Tensor, parts: list[range], variant: Variant
     ) -> torch.Tensor:
-        """As _attend, by the compiled kernel, which reads blocks where they lie; a split's slices that are read ahead
-        are gone when the next split's come, so those are attended to one by one."""
+        """As _attend, by the compiled kernel, which reads blocks where they lie: splits one after the other at once, as
+        far as they are at hand together."""
         to = self._pages[layer]
         sinks = None if variant.sinks is None else variant.sinks.float().contiguous()
         work = (span.length - parts[0].start) * query.shape[0] * query.shape[2]
-        threads = torch.get_num_threads() if work > SMALL_WORK else 1
+        threads = self._threads if work > SMALL_WORK else 1
         call = attention_cpu.Call(variant.scale, variant.window or 0, variant.softcap or 0.0, sinks, threads)
 
         def pages(keys: range) -> attention_cpu.Pages:
@@ -114,10 +118,10 @@ class Step:
             kv_heads, dim = to.values.shape[2], to.values.shape[4]
             return attention_cpu.Pages(addresses, to.values.dtype, kv_heads, dim, first=keys.start)
 
-        if not any(run.lies is Lies.AHEAD for run in span.places[self._lanes[layer]].runs):
-            whole = pages(range(parts[0].start, span.length))
-            return attention_cpu.attend(query, whole, span.positions, call)[0].transpose(0, 1)
-        found = [attention_cpu.partials(query, pages(keys), span.positions, call) for keys in parts]
+        chunks = self._reader.chunks(layer, span, parts)
+        if len(chunks) == 1:
+            return attention_cpu.attend(query, pages(chunks[0]), span.positions, call)[0].transpose(0, 1)
+        found = [attention_cpu.partials(query, pages(keys), span.positions, call) for keys in chunks]
         out, lse = (torch.cat(each) for each in zip(*found, strict=True))
         return attention_cpu.merge(out, lse, sinks)[0].transpose(0, 1)
 

@@ -165,12 +165,13 @@ class Reader:
 
     def __init__(self, pages: Pages, spans: Sequence[Span]) -> None:
         self._pages = pages
+        self._cuts: dict[tuple[int, range], list[Run]] = {}  # by lane's places and keys: every layer of it asks anew
         needed = [] if all(span.resident for span in spans) else wants(spans, pages.layout, pages.lanes)
         self._ahead = pages.read_ahead(needed) if needed else None
 
     def gather(self, layer: int, span: Span, keys: range, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [kv_heads, len(keys), head_dim] at positions `keys`, which begin a block. Raises PageDamaged."""
-        runs = span.places[self._pages.lanes[layer]].cut(keys)
+        runs = self._cut(layer, span, keys)
         if len(runs) == 1 and runs[0].lies is Lies.DEVICE:
             both = self._read(self._pages.pages[layer], runs[0].rows, dtype)
         else:
@@ -198,10 +199,31 @@ class Reader:
     def _read(self, pages: LayerPages, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return kv.gather(pages.values, pages.scales, rows, dtype)
 
+    def chunks(self, layer: int, span: Span, parts: list[range]) -> list[range]:
+        """`parts` (adjoining splits), those joined that addresses() can give at once: all but the ones that are read
+        ahead, whose slices are gone when the next ones come."""
+        found: list[range] = []
+        joinable = False
+        for keys in parts:
+            at_hand = all(run.lies is not Lies.AHEAD for run in self._cut(layer, span, keys))
+            if at_hand and joinable:
+                found[-1] = range(found[-1].start, keys.stop)
+            else:
+                found.append(keys)
+            joinable = at_hand
+        return found
+
+    def _cut(self, layer: int, span: Span, keys: range) -> list[Run]:
+        places = span.places[self._pages.lanes[layer]]
+        runs = self._cuts.get((id(places), keys))
+        if runs is None:
+            runs = self._cuts[id(places), keys] = places.cut(keys)
+        return runs
+
     def addresses(self, layer: int, span: Span, keys: range) -> torch.Tensor:
         """int64: where in memory the layer's slice of each block of `keys` begins; valid until the next split is asked
         for. On a CPU only. Raises PageDamaged."""
-        runs = span.places[self._pages.lanes[layer]].cut(keys)
+        runs = self._cut(layer, span, keys)
         slices = self._next(layer, runs)
         parts: list[torch.Tensor] = []
         taken = 0

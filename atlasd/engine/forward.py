@@ -65,7 +65,7 @@ class Forward:
         positions = torch.cat([torch.arange(s.first, s.length, device=device) for s in spans])[None]
         # One row at least: some heads reject an empty selection. The surplus is cut off below.
         keep = torch.tensor(rows or [start - 1], dtype=torch.int64, device=device)
-        step = Step(self._store, spans, self._count_layer)
+        step = Step(self._store, spans, self._count_layer, self._threads)
         try:
             logits = self._model(ids, positions, step, keep)
         finally:
