@@ -37,7 +37,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 READERS_LEAVE_S = 2.0
-CHUNK_BYTES = 2 << 20  # slots side by side that are read or written at once
+CHUNK_BYTES = 4 << 20  # slots side by side that are read or written at once
 
 
 class DiskTier(Catalog[Place]):

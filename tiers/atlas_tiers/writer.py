@@ -19,7 +19,7 @@ from .reader import runs
 from .segment import SECTOR, Place, SlotHeader, digests, encode_header, slot_size
 from .space import Space
 
-WRITERS = 2
+WRITERS = 4  # most of what they do is wait: for the device, and for the journal when a slot is written the first time
 
 
 class SlotWriter:
