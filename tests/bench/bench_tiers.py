@@ -6,7 +6,8 @@ The page is the bundled model's in float32: 6 layers, 2 KV heads of 64, 6 KiB a 
 each thing once, so that a change of the machine's load hits all alike; values are medians, ratios medians of the
 rounds' ratios.
 
-The limits: blocks of 4 MiB, one at a time and three at a time, whichever is faster; a write ends with fdatasync.
+The limits: blocks of 4 MiB, one at a time and three at a time, whichever is faster; a write ends with fdatasync. The
+rows `huge` are no bar: three at a time out of huge pages, as the store's own buffers are, the most the device gives.
 `fresh` files are allocated and not yet written (a session into new segments; making these is in its time, allocating
 the raw file is not), `reused` ones were written before (a session into slots of purged pages).
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from atlas_tiers.base import KVGroup, PageLayout
 from atlas_tiers.disk import DiskConfig
+from atlas_tiers.memory import aligned_buffer
 from atlas_tiers.store import TieredStore
 from report import row
 
@@ -59,6 +61,8 @@ def report(rounds: list[dict[str, float]], size: int, name: str, limit: str, bar
     for depth in DEPTHS:
         speed = size / statistics.median(r[f"raw {limit} {depth}"] for r in rounds) / 1e9
         row("tiers", f"tiers.raw_{limit}_{depth}", speed, "GB/s")
+    fastest = size / statistics.median(r[f"raw {limit} huge"] for r in rounds) / 1e9
+    row("tiers", f"tiers.raw_{limit}_huge", fastest, "GB/s")
     best = [min(r[f"raw {limit} {depth}"] for depth in DEPTHS) for r in rounds]
     ratio = statistics.median(limit_s / r[name] for limit_s, r in zip(best, rounds, strict=True))
     seconds = statistics.median(r[name] for r in rounds)
@@ -77,10 +81,14 @@ def measure(scratch: Path, tokens: list[int], number: int) -> dict[str, float]:
         for depth in DEPTHS:
             raw.allocate()
             found[f"raw write_fresh {depth}"] = raw.write(depth)
+        raw.allocate()
+        found["raw write_fresh huge"] = raw.write(max(DEPTHS), huge=True)
         found["write_fresh"], found["write_reused"] = time_writes(kv, tokens)
         for depth in DEPTHS:
             found[f"raw write_reused {depth}"] = raw.write(depth)
             found[f"raw read {depth}"] = raw.read(depth)
+        found["raw write_reused huge"] = raw.write(max(DEPTHS), huge=True)
+        found["raw read huge"] = raw.read(max(DEPTHS), huge=True)
         found["restore"] = time_restore(kv, tokens)
     for file in kv.glob("seg-*.kv"):
         file.unlink()
@@ -139,8 +147,9 @@ class Raw:
     def __init__(self, path: Path, size: int) -> None:
         self._path, self._blocks = path, -(-size // BLOCK)
         self._scale = size / (self._blocks * BLOCK)
-        self._buffers = [mmap.mmap(-1, BLOCK) for _ in range(max(DEPTHS))]
-        for buffer in self._buffers:
+        self._small = [memoryview(mmap.mmap(-1, BLOCK)) for _ in range(max(DEPTHS))]
+        self._huge = [aligned_buffer(BLOCK) for _ in range(max(DEPTHS))]
+        for buffer in self._small + self._huge:
             buffer[:] = os.urandom(BLOCK)
 
     def __enter__(self) -> Raw:
@@ -157,22 +166,28 @@ class Raw:
         os.posix_fallocate(self._fd, 0, self._blocks * BLOCK)
         os.fsync(self._fd)
 
-    def write(self, depth: int) -> float:
+    def write(self, depth: int, *, huge: bool = False) -> float:
         """Seconds, with `depth` writes at a time."""
-        return self._timed(depth, lambda buffer, offset: os.pwritev(self._fd, [buffer], offset))
+        return self._timed(
+            (self._huge if huge else self._small)[:depth], lambda buffer, offset: os.pwritev(self._fd, [buffer], offset)
+        )
 
-    def read(self, depth: int) -> float:
+    def read(self, depth: int, *, huge: bool = False) -> float:
         """Seconds, with `depth` reads at a time."""
-        return self._timed(depth, lambda buffer, offset: os.preadv(self._fd, [buffer], offset))
+        return self._timed(
+            (self._huge if huge else self._small)[:depth], lambda buffer, offset: os.preadv(self._fd, [buffer], offset)
+        )
 
-    def _timed(self, depth: int, operation: Callable[[mmap.mmap, int], int]) -> float:
+    def _timed(self, depth: int, huge: bool, operation: Callable[[memoryview, int], int]) -> float:
         offsets = iter(range(0, self._blocks * BLOCK, BLOCK))  # next() of a range's iterator is atomic
 
-        def work(buffer: mmap.mmap) -> None:
+        def work(buffer: memoryview) -> None:
             for offset in offsets:
                 operation(buffer, offset)
 
-        threads = [threading.Thread(target=work, args=(buffer,)) for buffer in self._buffers[:depth]]
+        threads = [
+            threading.Thread(target=work, args=(buffer,)) for buffer in (self._huge if huge else self._small)[:depth]
+        ]
         start = time.perf_counter()
         for thread in threads:
             thread.start()

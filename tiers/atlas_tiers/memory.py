@@ -13,8 +13,8 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; older kernels refuse it, which costs no
 
 
 def aligned_buffer(size: int) -> memoryview:
-    """`size` zero bytes at the start of a memory page, as O_DIRECT wants it. Committed by the kernel when touched, large
-    buffers in huge pages where there are any: the kernel then pins and maps a transfer of 2 MiB as one piece, not 512."""
+    """`size` zero bytes at the start of a memory page, as O_DIRECT wants it. Committed by the kernel when touched;
+    large ones in huge pages, where there are any, so that 2 MiB of a transfer are one piece to pin and map, not 512."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if size < HUGE_PAGE // 2:
         return memoryview(mmap.mmap(-1, max(size, 1), flags=flags))[:size]
