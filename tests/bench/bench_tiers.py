@@ -168,15 +168,11 @@ class Raw:
 
     def write(self, depth: int, *, huge: bool = False) -> float:
         """Seconds, with `depth` writes at a time."""
-        return self._timed(
-            (self._huge if huge else self._small)[:depth], lambda buffer, offset: os.pwritev(self._fd, [buffer], offset)
-        )
+        return self._timed(depth, huge, lambda buffer, offset: os.pwritev(self._fd, [buffer], offset))
 
     def read(self, depth: int, *, huge: bool = False) -> float:
         """Seconds, with `depth` reads at a time."""
-        return self._timed(
-            (self._huge if huge else self._small)[:depth], lambda buffer, offset: os.preadv(self._fd, [buffer], offset)
-        )
+        return self._timed(depth, huge, lambda buffer, offset: os.preadv(self._fd, [buffer], offset))
 
     def _timed(self, depth: int, huge: bool, operation: Callable[[memoryview, int], int]) -> float:
         offsets = iter(range(0, self._blocks * BLOCK, BLOCK))  # next() of a range's iterator is atomic
