@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from atlas_tiers.memory import aligned_buffer
+
 BLOCK = 4 << 20
 MOST_DEPTH = 8
 
@@ -19,8 +21,9 @@ class Raw:
     def __init__(self, path: Path, size: int) -> None:
         self._path, self._blocks = path, -(-size // BLOCK)
         self._scale = size / (self._blocks * BLOCK)
-        self._buffers = [mmap.mmap(-1, BLOCK) for _ in range(MOST_DEPTH)]
-        for buffer in self._buffers:
+        self._small = [memoryview(mmap.mmap(-1, BLOCK)) for _ in range(MOST_DEPTH)]
+        self._huge = [aligned_buffer(BLOCK) for _ in range(MOST_DEPTH)]
+        for buffer in self._small + self._huge:
             buffer[:] = os.urandom(BLOCK)
 
     def __enter__(self) -> Raw:
@@ -37,22 +40,23 @@ class Raw:
         os.posix_fallocate(self._fd, 0, self._blocks * BLOCK)
         os.fsync(self._fd)
 
-    def write(self, depth: int) -> float:
-        """Seconds, with `depth` writes at a time."""
-        return self._timed(depth, lambda buffer, offset: os.pwritev(self._fd, [buffer], offset))
+    def write(self, depth: int, *, huge: bool = False) -> float:
+        """Seconds, with `depth` writes at a time, from buffers in `huge` pages of memory if wanted."""
+        return self._timed(depth, huge, lambda buffer, offset: os.pwritev(self._fd, [buffer], offset))
 
-    def read(self, depth: int) -> float:
+    def read(self, depth: int, *, huge: bool = False) -> float:
         """Seconds, with `depth` reads at a time."""
-        return self._timed(depth, lambda buffer, offset: os.preadv(self._fd, [buffer], offset))
+        return self._timed(depth, huge, lambda buffer, offset: os.preadv(self._fd, [buffer], offset))
 
-    def _timed(self, depth: int, operation: Callable[[mmap.mmap, int], int]) -> float:
+    def _timed(self, depth: int, huge: bool, operation: Callable[[memoryview, int], int]) -> float:
         offsets = iter(range(0, self._blocks * BLOCK, BLOCK))  # next() of a range's iterator is atomic
 
-        def work(buffer: mmap.mmap) -> None:
+        def work(buffer: memoryview) -> None:
             for offset in offsets:
                 operation(buffer, offset)
 
-        threads = [threading.Thread(target=work, args=(buffer,)) for buffer in self._buffers[:depth]]
+        buffers = (self._huge if huge else self._small)[:depth]
+        threads = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
         start = time.perf_counter()
         for thread in threads:
             thread.start()

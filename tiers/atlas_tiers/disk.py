@@ -21,6 +21,7 @@ from . import leftovers, recovery
 from .base import PageHeader, PageLayout, TierStats
 from .catalog import Catalog, Fill, Sink
 from .counters import Counters, DailyBytes, Meter
+from .departing import Departing
 from .errors import TooManyParts
 from .evict import Policy, depths
 from .index import Entry
@@ -64,8 +65,6 @@ class DiskTier(Catalog[Place]):
         self._staging = Staging(max(1, CHUNK_BYTES // self._slot_bytes) * self._slot_bytes)
         self._touched: dict[bytes, int] = {}  # use stamps that are not in the index file yet
         self._busy: set[Place] = set()  # slots being written
-        self._leaving: list[Entry[Place]] = []  # out of the index here, their records not yet deleted
-        self._lingering: set[Place] = set()  # records deleted, but a reader is still in the slot
         self._pause_s, self._paused_until, self._grow_after = 0.0, 0.0, 0.0
         self.last_error = ""
         self._storing = Meter(counters, "disk_write_us")
@@ -79,6 +78,7 @@ class DiskTier(Catalog[Place]):
     def _adopt(self, found: recovery.Recovered) -> None:
         self._file = found.index
         self._space = Space(self._config, found.index, found.segments, self._slot_bytes)
+        self._departing = Departing(self._space)
         parts = (self.layout, self._identity, self._space, self._staging)
         self._reader = SlotReader(*parts, self._counters, self._quarantine)
         self._writer = SlotWriter(*parts)
@@ -199,7 +199,7 @@ class DiskTier(Catalog[Place]):
     def _commit(self, changes: Changes) -> None:
         """One transaction, with the deletions and stamps that wait for one. Raises OSError; then they go on waiting."""
         with self._state:
-            leaving, touched = list(self._leaving), dict(self._touched)
+            leaving, touched = self._departing.waiting, dict(self._touched)
             changes.add_segments |= self._space.unrecorded
         changes.delete += [entry.page.key for entry in leaving]
         own = {key: stamp for key, stamp in touched.items() if self.find(key)}
@@ -210,13 +210,8 @@ class DiskTier(Catalog[Place]):
         with self._state:
             self._bytes_used = bytes_used
             self._space.unrecorded.clear()  # segments are made under _io, as is this
-            self._leaving = self._leaving[len(leaving) :]
             self._touched = {key: stamp for key, stamp in self._touched.items() if touched.get(key) != stamp}
-            for entry in leaving:
-                if entry.pins:
-                    self._lingering.add(entry.place)
-                else:
-                    self._space.give_back(entry.place)
+            self._departing.committed(leaving)
 
     # --- room --------------------------------------------------------------------------------------
 
@@ -265,7 +260,7 @@ class DiskTier(Catalog[Place]):
     def _evict(self, count: int) -> bool:
         """Removes up to `count` pages, in order of eviction, durably. False: none could go."""
         with self._state:
-            victims = self._index.victims(count, self._fits)
+            victims = self._index.victims(count, self._space.fits)
         try:
             removed = self._remove(victims)
         except OSError:
@@ -277,13 +272,10 @@ class DiskTier(Catalog[Place]):
     def _restore(self, entries: list[Entry[Place]]) -> None:
         """Takes entries back whose removal could not be committed: their records and slots are as they were."""
         with self._state:
+            self._departing.take_back(entries)
             for entry in entries:
-                self._leaving = [each for each in self._leaving if each is not entry]
                 entry.gone = False
                 self._index.add(entry)
-
-    def _fits(self, place: Place) -> bool:
-        return self._space.segment(place).slot_bytes == self._slot_bytes
 
     def _shrink(self) -> None:
         """Removes whole segments until the cap holds: other sizes first, then the longest unused. Raises OSError."""
@@ -304,10 +296,8 @@ class DiskTier(Catalog[Place]):
         """Deletes a segment with its pages. False: some page in it is being read."""
         with self._state:
             inside = [entry for entry in self._index if entry.place.segment == segment.number]
-            in_use = any(e.pins for e in inside) or any(
-                p.segment == segment.number for p in self._lingering | self._busy
-            )
-            if in_use:
+            in_use = any(entry.pins for entry in inside) or self._departing.read_in(segment.number)
+            if in_use or any(place.segment == segment.number for place in self._busy):
                 return False
         removed = self._remove(inside)
         self._commit(Changes(drop_segments=[segment.number]))
@@ -344,7 +334,7 @@ class DiskTier(Catalog[Place]):
                 for entry in going:
                     self._index.remove(entry)
                     entry.gone = True
-                self._leaving += going
+                self._departing.add(going)
             if erase:
                 self._erase(going)
             if going:
@@ -358,16 +348,15 @@ class DiskTier(Catalog[Place]):
         self._written.add(sum(self._space.segment(entry.place).slot_bytes for entry in entries))
         for number in {entry.place.segment for entry in entries}:
             self._space.segments[number].sync()
+            self._space.blank(number, (entry.place.slot for entry in entries if entry.place.segment == number))
 
     def scrub(self, pages: Iterable[PageId]) -> int:
         """Overwrites what removed pages left of these in free slots; see leftovers.overwrite. Raises OSError."""
         with self._io:
-            return leftovers.overwrite(self._space, pages)
+            return leftovers.overwrite(self._space, pages, self._writer.threads)
 
     def _vacate(self, entry: Entry[Place]) -> None:
-        if entry.place in self._lingering:  # else its record is not deleted yet; _commit() frees the slot
-            self._lingering.remove(entry.place)
-            self._space.give_back(entry.place)
+        self._departing.vacate(entry)
 
     @property
     def capacity(self) -> int:
@@ -379,21 +368,20 @@ class DiskTier(Catalog[Place]):
     def stats(self) -> TierStats:
         """Slots of all segments; bytes of all files."""
         with self._state:
-            being = len(self._busy) + len(self._leaving) + len(self._lingering)
-            counts = (self._space.slots, self._space.free_slots, being, len(self._index))
+            moving = len(self._busy) + len(self._departing)
+            counts = (self._space.slots, self._space.free_slots, moving, len(self._index))
             return TierStats(self.name, *counts, self.page_bytes, self._bytes_used, self._config.cap_bytes)
 
     def check(self) -> None:
         """Raises AssertionError unless every slot is free, used once or being moved, as the index file says too."""
         with self._io, self._state:
             self._index.check()
-            leaving = [entry.place for entry in self._leaving]
-            used = [*(entry.place for entry in self._index), *self._busy, *self._lingering, *leaving]
+            used = [*(entry.place for entry in self._index), *self._busy, *self._departing.places]
             free = [Place(number, slot) for number, slots in self._space.free.items() for slot in slots]
             if len(set(used + free)) != len(used + free) or len(used + free) != self._space.slots:
                 raise AssertionError(f"disk tier: {len(used)} used + {len(free)} free slots, {self._space.slots} there")
             recorded = {e.page.key: e.place for e in self._file.load()[0].entries}
-            if recorded != {e.page.key: e.place for e in [*self._index, *self._leaving]}:
+            if recorded != {e.page.key: e.place for e in [*self._index, *self._departing.waiting]}:
                 raise AssertionError("disk tier: index file and memory differ")
             if self._space.segments and self._space.used_bytes() > self._config.cap_bytes:
                 raise AssertionError("disk tier: over its cap")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from .indexfile import IndexFile, budget
@@ -39,6 +40,7 @@ class Space:
         self._config, self._index, self._slot_bytes = config, index, slot_bytes
         self.segments = segments
         self.free: dict[int, set[int]] = {n: set(range(segment.slots)) for n, segment in segments.items()}
+        self._blank: dict[int, set[int]] = {n: set() for n in segments}  # slots not written to since they were zeros
         self.unrecorded: dict[int, tuple[int, int]] = {}  # (slots, slot bytes) of segments that wait for a commit
 
     @property
@@ -54,6 +56,10 @@ class Space:
     def segment(self, place: Place) -> Segment:
         """The file that a slot is in."""
         return self.segments[place.segment]
+
+    def fits(self, place: Place) -> bool:
+        """Whether a slot has this layout's size."""
+        return self.segment(place).slot_bytes == self._slot_bytes
 
     def occupy(self, place: Place) -> None:
         """Marks a slot as used."""
@@ -71,8 +77,17 @@ class Space:
             if len(taken) < count and self.segments[number].slot_bytes == self._slot_bytes:
                 slots = sorted(free)[: count - len(taken)]
                 free.difference_update(slots)
+                self._blank[number].difference_update(slots)
                 taken += [Place(number, slot) for slot in slots]
         return taken
+
+    def blank(self, number: int, slots: Iterable[int]) -> None:
+        """Notes that these slots of a segment are zeros on the device, until they are taken."""
+        self._blank[number].update(slots)
+
+    def unknown(self, number: int) -> list[int]:
+        """Free slots of a segment that may hold what a removed page left."""
+        return sorted(self.free[number] - self._blank[number])
 
     def misfit(self) -> Segment | None:
         """The oldest segment whose slots have another size: only whole can its room be used."""
@@ -111,11 +126,13 @@ class Space:
         self.unrecorded[segment.number] = (segment.slots, segment.slot_bytes)
         self.segments[segment.number] = segment
         self.free[segment.number] = set(range(segment.slots))
+        self._blank[segment.number] = set(range(segment.slots))
 
     def remove(self, segment: Segment) -> None:
         """Deletes a segment's file. Only after its record and its pages' records were deleted durably."""
         del self.segments[segment.number]
         del self.free[segment.number]
+        del self._blank[segment.number]
         self.unrecorded.pop(segment.number, None)
         segment.close()
         with contextlib.suppress(OSError):

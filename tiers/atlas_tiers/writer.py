@@ -19,17 +19,17 @@ from .reader import runs
 from .segment import SECTOR, Place, SlotHeader, digests, encode_header, slot_size
 from .space import Space
 
-WRITERS = 2
+WRITERS = 4  # most of what they do is wait: for the device, and for the journal when a slot is written the first time
 
 
 class SlotWriter:
-    """Called by one thread at a time. Fills run on several threads."""
+    """Called by one thread at a time. Fills run on several threads, `threads`, which others may use meanwhile."""
 
     def __init__(self, layout: PageLayout, identity: bytes, space: Space, staging: Staging) -> None:
         self._layout, self._identity, self._space, self._staging = layout, identity, space, staging
         self._layout_hash = layout_hash(layout)
         self._slot_bytes = slot_size(layout.page_bytes)
-        self._threads = ThreadPoolExecutor(WRITERS, "kv-pwrite")  # they start with the first writes
+        self.threads = ThreadPoolExecutor(WRITERS, "kv-pwrite")  # they start with the first writes
 
     def write(
         self, pages: Sequence[tuple[PageId, Fill]], places: Sequence[Place]
@@ -48,7 +48,7 @@ class SlotWriter:
                 stop.set()
                 return [], error
 
-        outcomes = list(self._threads.map(work, chunks)) if len(chunks) > 1 else [work(chunk) for chunk in chunks]
+        outcomes = list(self.threads.map(work, chunks)) if len(chunks) > 1 else [work(chunk) for chunk in chunks]
         written = [entry for entries, _ in outcomes for entry in entries]
         return written, next((error for _, error in outcomes if error is not None), None)
 
@@ -63,7 +63,7 @@ class SlotWriter:
 
     def close(self) -> None:
         """Stops the threads."""
-        self._threads.shutdown()
+        self.threads.shutdown()
 
     def _chunk(self, pages: list[tuple[PageId, Fill]], places: list[Place]) -> list[Entry[Place]]:
         written: list[Entry[Place]] = []
