@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -97,6 +98,8 @@ def test_a_name_that_is_no_model(client: Client, name: str) -> None:
 
 
 def test_requests_without_a_model_say_what_to_do_and_a_good_model_mends_it(client: Client) -> None:
+    with contextlib.suppress(ErrorReply):
+        client.unload_model()  # a wrong name keeps the model that runs
     with pytest.raises(ErrorReply):
         client.load_model("/nowhere/at/all")
     with pytest.raises(ErrorReply) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -112,7 +113,7 @@ def test_every_make_target_that_is_mentioned_exists() -> None:
     for path in documents():
         code = re.findall(r"`(make [^`]*)`|^(make .*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
         for line in ("".join(pair) for pair in code):
-            words = [word for word in line.split("#")[0].split()[1:] if "=" not in word and word[0] != "["]
+            words = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word and word[0] != "["]
             assert set(words) <= targets, f"{path.name}: {line}"
 
 
