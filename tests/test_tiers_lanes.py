@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from atlas_tiers import lanes
 from atlas_tiers.base import AWAY, BlocksComing, KVGroup, PageLayout, Ticket
 from atlas_tiers.disk import DiskConfig
+from atlas_tiers.errors import StoreLocked
 from atlas_tiers.lanes import LanedSequence, LanedStore, lane_blocks, lane_directories, others_bytes, split_blocks
 from atlas_tiers.store import TieredStore
-from tiers_support import some_tokens, values
+from tiers_support import opened as opened_by_one
+from tiers_support import some_tokens, store, values
+from tiers_support import turn as turn_of_one
 
 from atlasd.engine.context import Reader, key_splits, span
 
@@ -216,3 +220,30 @@ def test_bytes_of_models_of_the_other_kind_count(tmp_path: Path) -> None:
     assert not double[0].exists()
     assert others_bytes(tmp_path, 2, 1500) == 0
     assert not single[0].exists()
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_only_pages_make_room_for_those_of_the_other_kind(tmp_path: Path, kinds: int) -> None:
+    """The directory is the user's choice: it may hold other things, and folders of the lanes' names too."""
+    mine = [tmp_path / "thesis.tex", *(tmp_path / folder / "a.jpg" for folder in ("photos", "full", "window"))]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(bytes(3000))
+    assert others_bytes(tmp_path, kinds, 2000) == 0
+    assert all(file.exists() for file in mine)
+
+
+def test_pages_of_the_other_kind_stay_while_an_engine_uses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "LOCK_WAIT_S", 0.1)
+    single = store(tmp_path)
+    turn_of_one(single, TEXT[:300])
+    with pytest.raises(StoreLocked):
+        others_bytes(tmp_path, 2, 1000)
+    single.close()
+    again = store(tmp_path)
+    assert opened_by_one(again, [*TEXT[:300], 1]).length == 300
+    again.close()
+    assert others_bytes(tmp_path, 2, 1000) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["lock"]

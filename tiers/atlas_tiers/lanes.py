@@ -7,12 +7,13 @@ that a long context costs little more than its full layers. A prefix is usable a
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import os
 from collections import Counter
 from collections.abc import Sequence as Tokens
 from pathlib import Path
 
 from .base import PageLayout, Table, Ticket, TierStats
+from .recovery import lock_directory
 from .sequence import Sequence
 from .store import TieredStore
 from .stream import Pass, Want
@@ -20,6 +21,7 @@ from .tensors import LayerPages
 
 NAMES = ("full", "window")  # directories of the lanes' pages on disk
 MOST_WINDOW = 0.75
+LOCK_WAIT_S = 5.0  # a predecessor may take so long to die
 
 
 class LanedSequence:
@@ -289,16 +291,26 @@ def lane_directories(path: Path, lanes: int) -> list[Path]:
 
 def others_bytes(path: Path, lanes: int, cap: int) -> int:
     """Bytes that pages of models of the other kind take in `path`, which count too. Above half of `cap` they are
-    removed: pages of other models go first. Raises OSError."""
-    files = [file for file in path.glob("*") if file.name not in NAMES and file.name != "lock"] if lanes > 1 else []
-    folders = [path / name for name in NAMES] if lanes == 1 else [file for file in files if file.is_dir()]
-    single = [file for file in files if file.is_file()]
-    inside = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    used = sum(file.stat().st_size for file in (*single, *inside))
+    removed: pages of other models go first. Nothing else in `path` is looked at, let alone touched. Raises OSError;
+    StoreLocked when they would go and another engine uses them."""
+    folders = [path] if lanes > 1 else [path / name for name in NAMES if (path / name).is_dir()]
+    own = {folder: _own_files(folder) for folder in folders}
+    used = sum(file.stat().st_size for files in own.values() for file in files)
     if used <= cap // 2:
         return used
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    for file in single:
-        file.unlink(missing_ok=True)
+    for folder, files in own.items():
+        lock = lock_directory(folder, LOCK_WAIT_S)
+        try:
+            for file in files:
+                file.unlink(missing_ok=True)
+            for index in {file.parent for file in files} - {folder}:
+                index.rmdir()
+        finally:
+            os.close(lock)
     return 0
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """A store's files in `folder` but for its lock. See FORMAT.md."""
+    indexes = [folder / "index", folder / "index.new"]
+    return [*folder.glob("seg-*.kv"), *(file for index in indexes for file in index.glob("*.mdb"))]
