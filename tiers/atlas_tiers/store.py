@@ -118,6 +118,7 @@ class TieredStore:
         self.poll()  # not between search and placing: a fill that fails then would be taken for a page that is there
         found = self._search(tokens[:-1][:limit], owner)
         hits = [(hit.tier, hit.page.key) for hit in found.pages]
+        missing = -(-(len(tokens) - 1) // BLOCK_TOKENS) - len(found.hits) - int(found.tail is not None)
         free = limit is None and self.layout.window is None
         reason = found.leave_out_slow(self._rates, self.layout.page_bytes, self.pool) if free else ""
         try:
@@ -127,7 +128,7 @@ class TieredStore:
         except BaseException:
             found.give_up(self.pool)
             raise
-        self._count(hits, len(tokens) - 1)
+        self._count(hits, missing)
         sequence = Sequence(self, root, durable=durable)
         self._room.running.append(sequence)
         self._restore.begin(sequence, found, fresh)
@@ -152,12 +153,12 @@ class TieredStore:
         if tokens >= BLOCK_TOKENS:
             self._rates.prefill.note(tokens, position, seconds)
 
-    def _count(self, hits: list[tuple[str, bytes]], offered: int) -> None:
-        """Pages of `offered` tokens by where they were found; each is a use."""
+    def _count(self, hits: list[tuple[str, bytes]], missing: int) -> None:
+        """Pages by where they were found, each is a use; those before the window are neither found nor missing."""
         for tier, _ in hits:
             self._counters.add(f"{tier}_hit_pages")
         self._uses.add(key for _, key in hits)
-        self._counters.add("miss_pages", max(0, -(-offered // BLOCK_TOKENS) - len(hits)))
+        self._counters.add("miss_pages", max(0, missing))
 
     # --- called by sequences -----------------------------------------------------------------------
 
