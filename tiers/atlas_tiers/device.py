@@ -10,7 +10,7 @@ from .base import PageLayout
 from .memory import address, aligned_buffer, prefault
 from .tensors import LayerPages, group_layers
 
-PREFAULT_BYTES = 128 << 20  # of each slab's beginning, where blocks are taken from first
+PREFAULT_BYTES = 512 << 20  # of the slabs' beginnings, where blocks are taken from first; half of each at most
 
 
 class DeviceMemory:
@@ -21,7 +21,8 @@ class DeviceMemory:
         """Raises OSError or torch.OutOfMemoryError when there is not that much memory."""
         self._layout = layout
         self._on_cpu = torch.device(device).type == "cpu"
-        self._rows = [_slab(blocks, size, device, self._on_cpu) for size in layout.group_bytes]
+        sizes = layout.group_bytes
+        self._rows = [_slab(blocks, size, device, self._on_cpu, PREFAULT_BYTES // len(sizes)) for size in sizes]
         self._bases = [row.data_ptr() for row in self._rows]
         self.layers: dict[int, LayerPages] = {}
         for group, rows in zip(layout.groups, self._rows, strict=True):
@@ -64,9 +65,9 @@ class DeviceMemory:
             bytes_.copy_(row)
 
 
-def _slab(blocks: int, row_bytes: int, device: str, on_cpu: bool) -> torch.Tensor:
+def _slab(blocks: int, row_bytes: int, device: str, on_cpu: bool, prefaulted: int) -> torch.Tensor:
     if not on_cpu:
         return torch.zeros((blocks, row_bytes), dtype=torch.uint8, device=device)
     memory = aligned_buffer(blocks * row_bytes)  # torch.zeros would touch, and so commit, all of it
-    prefault(memory[:PREFAULT_BYTES])
+    prefault(memory[: min(prefaulted, blocks * row_bytes // 2)])
     return torch.frombuffer(memory, dtype=torch.uint8).view(blocks, row_bytes)
