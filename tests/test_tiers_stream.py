@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -214,4 +215,46 @@ def test_any_order_of_turns_over_small_tiers(tmp_path: Path, seed: int) -> None:
         tiered.wait(1.0)
         tiered.poll()
     tiered.check()
+    tiered.close()
+
+
+def test_sequences_that_share_their_beginning_send_it_away_together() -> None:
+    tiered = store(None, blocks=BLOCKS, host_pages=200)
+    beginning = TEXT[: 64 * 5]
+    left, right = opened(tiered, beginning, durable=False), opened(tiered, beginning, durable=False)
+    grow(tiered, left, beginning)
+    right.release()
+    right = opened(tiered, [*beginning, *some_tokens(64 * 20, seed=6)], durable=False)
+    assert right.block_table[:5] == left.block_table[:5]
+    long = [*beginning, *some_tokens(64 * 20, seed=7)]
+    for upto in range(400, len(long), 200):
+        grow(tiered, left, long[:upto])
+        grow(tiered, right, [*beginning, *some_tokens(64 * 20, seed=6)][:upto])
+    assert_content(tiered, left, long, "ann")
+    assert_content(tiered, right, [*beginning, *some_tokens(64 * 20, seed=6)], "ann")
+    left.release()
+    assert_content(tiered, right, [*beginning, *some_tokens(64 * 20, seed=6)], "ann")
+    right.release()
+    tiered.check()
+    assert all(entry.pins == 0 for entry in tiered._host._index)
+    tiered.close()
+
+
+def test_after_the_disk_was_full_long_contexts_run_again(tmp_path: Path) -> None:
+    disk = disk_config(tmp_path, cap_bytes=1_500_000)
+    tiered = store(None, blocks=BLOCKS, disk=disk)
+    long = some_tokens(64 * 1000)
+    sequence = opened(tiered, long, durable=False)
+    with pytest.raises(OutOfBlocks):
+        grow(tiered, sequence, long)
+    assert tiered._disk.refuses
+    sequence.release()
+    end = time.monotonic() + 30
+    while tiered._disk.refuses:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    again = patient(tiered, TEXT[: 64 * 30], durable=False)
+    grow(tiered, again, TEXT[: 64 * 30])
+    assert_content(tiered, again, TEXT[: 64 * 30], "ann")
+    again.release()
     tiered.close()

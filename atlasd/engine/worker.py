@@ -233,9 +233,10 @@ class Worker:
         except PageDamaged as error:
             self._page_lost([part.request for part in parts], error)
             return
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, OSError, MemoryError) as error:
             log.exception("forward pass of %d requests", len(parts))
-            code = self._memory_code if isinstance(error, torch.OutOfMemoryError) else ErrorCode.INTERNAL
+            short = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            code = self._memory_code if short else ErrorCode.INTERNAL
             for part in parts:
                 self.fail(part.request, ErrorReply(code, f"forward pass: {error}"))
             return

@@ -307,7 +307,7 @@ class KVStore(Protocol):
 
     @property
     def pool_blocks(self) -> int:
-        """Blocks of the device pool, of the smallest where there are several."""
+        """Blocks of the device pool, of the smallest where there are several, that a chunk of new tokens may take."""
         ...
 
     @property

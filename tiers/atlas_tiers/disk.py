@@ -66,6 +66,7 @@ class DiskTier(Catalog[Place]):
         self._touched: dict[bytes, int] = {}  # use stamps that are not in the index file yet
         self._busy: set[Place] = set()  # slots being written
         self._pause_s, self._paused_until, self._grow_after = 0.0, 0.0, 0.0
+        self._full_until = 0.0
         self.last_error = ""
         self._storing = Meter(counters, "disk_write_us")
         self._lock_fd = recovery.lock_directory(config.path, config.lock_wait_s)
@@ -147,11 +148,17 @@ class DiskTier(Catalog[Place]):
                     with self._storing:
                         complete = self._store(list(wanted.values()))
                     self._pause_s, self.last_error = 0.0, "" if complete else "no room under the disk cap"
+                    self._full_until = 0.0 if complete else time.monotonic() + FIRST_PAUSE_S
                 except OSError as error:
                     self._pause(error)
             done = [self.holds(page) for page, _ in pages]
             self._counters.add("disk_writes_dropped", done.count(False))
             return done
+
+    @property
+    def refuses(self) -> bool:
+        """Whether a write would be in vain now: one failed, or found no room, a moment ago."""
+        return time.monotonic() < max(self._paused_until, self._full_until)
 
     def _pause(self, error: OSError) -> None:
         self._pause_s = min(2 * self._pause_s or FIRST_PAUSE_S, LONGEST_PAUSE_S)

@@ -15,7 +15,7 @@ from pathlib import Path
 from .base import PageLayout, Table, Ticket, TierStats
 from .recovery import lock_directory
 from .sequence import Sequence
-from .store import TieredStore
+from .store import WORKING_BLOCKS, TieredStore
 from .stream import Pass, Want
 from .tensors import LayerPages
 
@@ -153,11 +153,15 @@ class LanedStore:
     def read_ahead(self, wants: Tokens[Want]) -> JoinedPass:
         """See KVStore.read_ahead."""
         passes: dict[int, Pass] = {}
-        for lane, store in enumerate(self.stores):
-            mine = [want for want in wants if self.lanes[want.layer] == lane]
-            if mine:
-                reading = store.read_ahead(mine)
-                passes |= dict.fromkeys((want.layer for want in mine), reading)
+        try:
+            for lane, store in enumerate(self.stores):
+                mine = [want for want in wants if self.lanes[want.layer] == lane]
+                if mine:
+                    reading = store.read_ahead(mine)
+                    passes |= dict.fromkeys((want.layer for want in mine), reading)
+        except BaseException:
+            JoinedPass(passes).close()
+            raise
         return JoinedPass(passes)
 
     def note_prefill(self, tokens: int, position: int, seconds: float) -> None:
@@ -281,7 +285,7 @@ def lane_blocks(lane: PageLayout, context: int, chunk: int) -> int:
     whole = -(-context // 64) + 1
     if lane.window is None:
         return whole
-    return min(whole, -(-lane.window // 64) + -(-chunk // 64) + 2)
+    return min(whole, -(-lane.window // 64) + max(-(-chunk // 64) + 2, WORKING_BLOCKS))
 
 
 def lane_directories(path: Path, lanes: int) -> list[Path]:

@@ -143,7 +143,10 @@ class Mover:
                     return
                 share = -(-len(self._reads) // self._readers)
                 jobs = [self._reads.popleft() for _ in range(min(READ_BATCH, share))]
-            self._read_neighbours(jobs)
+            try:
+                self._read_neighbours(jobs)
+            except Exception as error:  # each page is read by itself then
+                self._counters.warn(f"reading several pages at once failed ({error})")
             for job in jobs:
                 try:
                     if isinstance(job, ReadJob):

@@ -69,29 +69,48 @@ class Room:
 
     def _make(self, count: int) -> None:
         to_write: list[tuple[Block, PageId]] = []
-        for sequence, position in self._candidates():
+        for block, page, holders in self._candidates():
             missing = count - self._pool.available
             if missing <= 0:
                 return
-            block, page = sequence.blocks[position], sequence.pages[position]
             held = self._hold(page, block)
             if held is not None:
-                self._pool.release(sequence.send_away(position, held))
-                self._counters.add("device_pages_sent_away")
-            elif block is not None and len(to_write) < missing:
+                self._send_away(held, page, holders)
+            elif len(to_write) < missing:
                 to_write.append((block, page))
         for block, page in to_write:
             self._write_if_possible(block, page)
 
+    def _send_away(self, held: Held, page: PageId, holders: list[tuple[Running, int]]) -> None:
+        """Each sequence that has the block has the page away from now on, with a pin of its own."""
+        for sequence, position in holders[1:]:
+            entry = held.tier.pin(page)
+            if entry is not None:
+                self._pool.release(sequence.send_away(position, Held(held.tier, entry)))
+        sequence, position = holders[0]
+        self._pool.release(sequence.send_away(position, held))
+        self._counters.add("device_pages_sent_away")
+
     def _write_if_possible(self, block: Block, page: PageId) -> None:
-        if self._disk is not None and not self._disk.last_error:
+        if self._disk is not None and not self._disk.refuses:
             self._write(block, page)
 
-    def _candidates(self) -> Iterator[tuple[Running, int]]:
-        movable = [(sequence, sequence.movable()) for sequence in self.running]
-        for sequence, positions in sorted(movable, key=lambda pair: -len(pair[1])):
+    def _candidates(self) -> Iterator[tuple[Block, PageId, list[tuple[Running, int]]]]:
+        """Full pages that running sequences alone refer to, with those sequences: of the one with most pages in the
+        pool first, its last page before its first."""
+        owned = [(sequence, sequence.in_pool()) for sequence in self.running]
+        holders: dict[int, list[tuple[Running, int]]] = {}
+        for sequence, positions in owned:
             for position in positions:
-                yield sequence, position
+                holders.setdefault(sequence.number_at(position), []).append((sequence, position))
+        for sequence, positions in sorted(owned, key=lambda pair: -len(pair[1])):
+            for position in positions:
+                block = sequence.blocks[position]
+                if block is None:  # sent away with another sequence's
+                    continue
+                found = holders[block.number]
+                if block.refs == len(found):
+                    yield block, sequence.pages[position], found
 
     def _hold(self, page: PageId, block: Block | None) -> Held | None:
         """The page pinned in RAM, copied there if there is room, or on disk. None: it is nowhere but in its block."""

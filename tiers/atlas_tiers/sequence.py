@@ -87,15 +87,19 @@ class Sequence:
         """The pages held from `position` on, which are this sequence's no longer."""
         return [self.away.pop(p) for p in sorted(self.away) if p >= position]
 
-    def movable(self) -> list[int]:
-        """Positions of full pages whose block nobody else refers to, the last first: these can be sent away."""
+    def in_pool(self) -> list[int]:
+        """Positions of full pages that are in blocks, the last first; none before it is ready."""
         if not self.ready:
             return []
         return [
             p
             for p in range(len(self.pages) - 1, -1, -1)
-            if (block := self.blocks[p]) is not None and block.refs == 1 and block.state is State.SEALED
+            if (block := self.blocks[p]) is not None and block.state is State.SEALED
         ]
+
+    def number_at(self, position: int) -> int:
+        """Of the block at a position."""
+        return self._own(position).number
 
     def send_away(self, position: int, held: Held) -> Block:
         """From now on the page at `position` is read where `held` has it. Returns its block, to be released."""

@@ -233,8 +233,9 @@ class TieredStore:
 
     @property
     def pool_blocks(self) -> int:
-        """Blocks of the device pool."""
-        return len(self.pool.blocks)
+        """Blocks of the device pool that a chunk of new tokens may take."""
+        window = -(-self.layout.window // BLOCK_TOKENS) if self.layout.window else 0
+        return max(len(self.pool.blocks) - window, min(3, len(self.pool.blocks)))
 
     @property
     def capacity(self) -> int:
