@@ -17,6 +17,8 @@ import msgspec
 from atlas_client.paths import default_socket, default_state_dir
 from msgspec import Meta
 
+MOST_GIB = 1e6  # infinity is no size
+
 
 class ConfigError(Exception):
     """A configuration that can't be used. The message names the key and what would do."""
@@ -58,14 +60,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_batch: Annotated[int, _key("requests computed together", ge=1, le=1024)] = 16
     prefill_chunk: Annotated[int, _key("prompt tokens per forward pass; a cancel waits for one at most", ge=16)] = 512
     max_queue: Annotated[int, _key("requests waiting before QUEUE_FULL", ge=1)] = 256
-    kv_vram_gb: Annotated[float, _key("KV pages in device memory, GiB; 0: a share of what is free", ge=0)] = 0.0
+    kv_vram_gb: Annotated[
+        float, _key("KV pages in device memory, GiB; 0: a share of what is free", ge=0, le=MOST_GIB)
+    ] = 0.0
     kv_ram_gb: Annotated[
-        float, _key("KV pages in the RAM tier, GiB; on a CPU the device tier is RAM already", ge=0)
+        float, _key("KV pages in the RAM tier, GiB; on a CPU the device tier is RAM already", ge=0, le=MOST_GIB)
     ] = 4.0
     kv_disk_path: Annotated[
         str | None, _key("directory of KV pages; 'none': keep none on disk; default: in the state directory")
     ] = None
-    kv_disk_gb: Annotated[float, _key("cap on all KV bytes on disk, GiB", gt=0)] = 20.0
+    kv_disk_gb: Annotated[
+        float, _key("cap on all KV bytes on disk, GiB; 1 GiB of the disk stays free", gt=0, le=MOST_GIB)
+    ] = 20.0
     kv_policy: Annotated[
         str,
         _key("what the tiers evict first: the longest unused, or least recompute time by use", choices=("lru", "gdsf")),

@@ -52,7 +52,9 @@ def open_store(loaded: LoadedModel, config: Config) -> KVStore:
     """The tiers as configured. On a CPU without --kv-vram-gb the device pool takes the RAM budget; no RAM tier then."""
     on_cpu = loaded.device.type == "cpu"
     one_pool = on_cpu and not config.kv_vram_gb
-    device_bytes = int(GIB * (config.kv_ram_gb if one_pool else config.kv_vram_gb)) or _free_vram(loaded)
+    device_bytes = int(GIB * (config.kv_ram_gb if one_pool else config.kv_vram_gb))
+    if not device_bytes and not on_cpu:
+        device_bytes = _free_vram(loaded)
     host_bytes = 0 if one_pool or config.kv_vram_only else int(GIB * config.kv_ram_gb)
     if one_pool:
         device_bytes = min(device_bytes, int(RAM_SHARE * psutil.virtual_memory().available))

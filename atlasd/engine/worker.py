@@ -30,6 +30,7 @@ from .text import Text
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 256
+MORE_PAGES = "raise --kv-vram-gb, --kv-ram-gb or --kv-disk-gb, or shorten the context"
 IDLE_WAIT_S = 0.05
 BUSY_WAIT_S = 0.002  # while pages are being read or written
 
@@ -138,7 +139,9 @@ class Worker:
             raise ErrorReply(ErrorCode.CONTEXT_OVERFLOW, f"{len(prompt)} tokens{past} do not fit into {limit}")
         if base + 1 > self.kv_tokens:
             raise ErrorReply(
-                self._memory_code, f"{base} tokens do not fit into the {self.kv_tokens} that pages are there for"
+                self._memory_code,
+                f"{base} tokens do not fit into the {self.kv_tokens} that pages are there for",
+                MORE_PAGES,
             )
         wanted = DEFAULT_MAX_TOKENS if sampling.max_tokens is None else sampling.max_tokens
         room = min(limit, self.kv_tokens) - base
@@ -175,7 +178,7 @@ class Worker:
         except OutOfBlocks:
             if self._pages_may_come():
                 return False
-            self.fail(request, ErrorReply(self._memory_code, "no pages are free"))
+            self.fail(request, ErrorReply(self._memory_code, "no pages are free", MORE_PAGES))
             return True
         first = not request.admitted
         request.state = State.RESTORING
@@ -275,7 +278,9 @@ class Worker:
         if self._pages_may_come(request):
             self._preempt(request)
         else:
-            self.fail(request, ErrorReply(self._memory_code, f"no page left at token {len(request.tokens)}"))
+            self.fail(
+                request, ErrorReply(self._memory_code, f"no page left at token {len(request.tokens)}", MORE_PAGES)
+            )
 
     def _page_lost(self, requests: list[Request], error: PageDamaged) -> None:
         """A page that was away could not be read, and is gone: who had pages away begins again with what is left."""

@@ -30,11 +30,12 @@ from .keys import PageId
 from .memory import Staging, copy
 from .reader import SlotReader
 from .segment import MAX_PARTS, Place, Segment, slot_size
+from .space import MIN_SLOTS, Obstacle, Space
 from .space import DiskConfig as DiskConfig
-from .space import Obstacle, Space
 from .writer import SlotWriter
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+CAP_REACHED = "no room under the disk cap"
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 READERS_LEAVE_S = 2.0
@@ -67,6 +68,7 @@ class DiskTier(Catalog[Place]):
         self._busy: set[Place] = set()  # slots being written
         self._pause_s, self._paused_until, self._grow_after = 0.0, 0.0, 0.0
         self._full_until = 0.0
+        self._no_room = CAP_REACHED  # why there was no new segment last time
         self.last_error = ""
         self._storing = Meter(counters, "disk_write_us")
         self._lock_fd = recovery.lock_directory(config.path, config.lock_wait_s)
@@ -94,6 +96,8 @@ class DiskTier(Catalog[Place]):
         self._counters.add("disk_pages_damaged", found.lost)
         for note in found.notes:
             self._counters.warn(f"{self._config.path}: {note}")
+        if self.capacity < MIN_SLOTS:
+            self._counters.warn(f"{self._config.path}: the disk cap is too small for a single segment; nothing is kept")
         self._shrink()
         self._bytes_used = self._space.used_bytes()
 
@@ -147,7 +151,7 @@ class DiskTier(Catalog[Place]):
                 try:
                     with self._storing:
                         complete = self._store(list(wanted.values()))
-                    self._pause_s, self.last_error = 0.0, "" if complete else "no room under the disk cap"
+                    self._pause_s, self.last_error = 0.0, "" if complete else self._no_room
                     self._full_until = 0.0 if complete else time.monotonic() + FIRST_PAUSE_S
                 except OSError as error:
                     self._pause(error)
@@ -249,8 +253,10 @@ class DiskTier(Catalog[Place]):
                 if misfit is not None and self._remove_segment(misfit):
                     continue
                 if obstacle is Obstacle.CAP:
+                    self._no_room = CAP_REACHED
                     return False
-                raise OSError(errno.ENOSPC, "less than the free-space floor is left")
+                floor = self._config.free_floor_bytes / 2**30
+                raise OSError(errno.ENOSPC, f"less than {floor:g} GiB would be left free on its disk")
             segment = self._space.make_segment()
             with self._state:
                 self._space.add(segment)
@@ -259,6 +265,7 @@ class DiskTier(Catalog[Place]):
             if error.errno not in FULL:  # a disk that fails is no reason to give pages up
                 raise
             self._grow_after = time.monotonic() + LONGEST_PAUSE_S
+            self._no_room = error.strerror or str(error)
             if not any(segment.slot_bytes == self._slot_bytes for segment in self._space.segments.values()):
                 raise
             self._counters.warn(f"{self._config.path}: no room for a new segment: {error.strerror}")

@@ -27,11 +27,6 @@ _FAULTS = (  # counter, one, many; {} is the count
         "disk_writes_dropped", "a page was not stored on disk", "{} pages were not stored on disk",
         "no room, or the disk refused",
     ),
-    ("host_writes_dropped", "a page was not stored in RAM", "{} pages were not stored in RAM", "no room"),
-    (
-        "disk_writes_deferred", "a page was written late", "{} pages were written late",
-        "the disk did not keep up with the model",
-    ),
 )  # fmt: skip
 
 
