@@ -255,8 +255,8 @@ class DiskTier(Catalog[Place]):
                 if obstacle is Obstacle.CAP:
                     self._no_room = CAP_REACHED
                     return False
-                floor = self._config.free_floor_bytes / 2**30
-                raise OSError(errno.ENOSPC, f"less than {floor:g} GiB would be left free on its disk")
+                floor = self._config.free_floor_bytes >> 20
+                raise OSError(errno.ENOSPC, f"less than the free-space floor of {floor} MiB would be left on its disk")
             segment = self._space.make_segment()
             with self._state:
                 self._space.add(segment)
